@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package precopy takes a container's memory out of the barrier: it copies the
+// pages of its processes while they run, and leaves for the barrier only those
+// that were written since.
+//
+//	s, err := precopy.Start(ctx, dir, processes, options)  // running: tracked, copied round after round
+//	s.KeepWarm()                                          // until the freeze: what is written is copied on
+//	s.Cool()                                              // before the freeze
+//	err = s.Scan()                                        // frozen: which pages are good as they are
+//	err = s.Complete(ctx)                                 // frozen, beside CRIU: what could not be read before
+//	stats, err := s.Compose(ctx, imagesDir)               // running: CRIU's images and ours become one
+//	s.Close()
+//
+// CRIU is started with criu.Config.SkipClean between Start and the freeze, so that it
+// leaves out what was copied. Package track finds what was written, package pages
+// keeps the copies and puts the images together. Memory that cannot be tracked
+// (shared mappings, processes born since) is CRIU's, whole.
+package precopy
