@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package backend
+
+import (
+	"context"
+	"fmt"
+	"os"
+
+	"golang.org/x/sys/unix"
+)
+
+// Names of the backends, as in the --backend flag.
+const (
+	Btrfs   = "btrfs"
+	Reflink = "reflink"
+	Copy    = "copy"
+)
+
+// Backend captures directory trees below one root. Its methods may be called
+// concurrently, for different dst.
+type Backend interface {
+	// Name is one of Btrfs, Reflink and Copy.
+	Name() string
+
+	// Open begins to capture the directory src as dst, which does not exist yet and
+	// whose parent directory does. Writers of src run, and may do anything: replace a
+	// directory by a symbolic link, rename, delete. Open may take as long as it
+	// likes; whatever it does makes Take shorter.
+	//
+	// When Open fails, the caller calls Discard.
+	Open(ctx context.Context, src, dst string) (Capture, error)
+
+	// Discard removes what a capture into dst left, in any state and from any process
+	// before. A capture of this process is closed first. No error if there is nothing.
+	Discard(dst string) error
+}
+
+// Capture is one capture under way. Its methods are called one at a time.
+type Capture interface {
+	// Take fixes the content: every byte written to src before the call is in the
+	// capture, dirty pages included, and none that is written after it returned.
+	Take(ctx context.Context) error
+
+	// Seal completes dst after Take. It does not flush dst to the disk.
+	Seal(ctx context.Context) error
+
+	// Close ends what runs in the background on behalf of the capture and gives up what
+	// only Seal needs, in any state. It does not remove dst and may be called again.
+	Close() error
+}
+
+// syncfs writes back everything dirty on the file system that holds dir.
+func syncfs(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	if err := unix.Syncfs(int(d.Fd())); err != nil {
+		return fmt.Errorf("flush the file system of %s: %w", dir, err)
+	}
+	return nil
+}

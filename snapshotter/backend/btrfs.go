@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package backend
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/containerd/log"
+
+	"github.com/cohort-project/cohort/snapshotter/internal/uapi"
+)
+
+// flushInterval is how often dirty data is written back between Open and Take.
+// The kernel's snapshot ioctl first writes back what is dirty in the subvolume
+// (fs/btrfs/ioctl.c, create_snapshot), so this bounds Take by what is written in one
+// interval. Measured on a loop device over ext4 with a writer of 100 MB/s: 4 ms with a
+// flush just before, 20 ms without for 200 ms.
+const flushInterval = 100 * time.Millisecond
+
+// cutsDir holds the snapshots that exist between Take and Seal. None of them outlives
+// the process that made it.
+const cutsDir = "cuts"
+
+type btrfs struct {
+	root    string
+	flusher flusher
+
+	taking sync.Mutex // held during the snapshot ioctl
+
+	mu   sync.Mutex // guards the fields below and cut.users
+	next *cut       // not begun yet, can be joined
+	made int
+}
+
+// cut is one snapshot of the whole root, for all captures that asked for it before it
+// began. The members of a group ask within a millisecond, and one snapshot for four takes
+// 4 ms where four take 10 (measured on a loop device over ext4).
+type cut struct {
+	path  string
+	done  chan struct{} // closed when err is set
+	err   error
+	users int
+}
+
+// NewBtrfs returns the backend for a root that is itself a btrfs subvolume.
+// All snapshots and captures below root must be in this one subvolume. It removes what a
+// process that died has left in root/cuts.
+func NewBtrfs(root string) (Backend, error) {
+	ok, err := uapi.IsSubvolume(root)
+	if err != nil {
+		return nil, err
+	}
+	if !ok {
+		return nil, fmt.Errorf("%s is not a btrfs subvolume: %w", root, errdefs.ErrFailedPrecondition)
+	}
+	cuts := filepath.Join(root, cutsDir)
+	if err := os.MkdirAll(cuts, 0o700); err != nil {
+		return nil, err
+	}
+	left, err := os.ReadDir(cuts)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range left {
+		if err := uapi.DestroySubvolume(filepath.Join(cuts, e.Name())); err != nil {
+			return nil, err
+		}
+	}
+	return &btrfs{root: root, flusher: flusher{dir: root}}, nil
+}
+
+func (b *btrfs) Name() string { return Btrfs }
+
+func (b *btrfs) Open(_ context.Context, src, dst string) (Capture, error) {
+	rel, err := filepath.Rel(b.root, src)
+	if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
+		return nil, fmt.Errorf("%s is not below %s: %w", src, b.root, errdefs.ErrInvalidArgument)
+	}
+	if err := syncfs(b.root); err != nil {
+		return nil, err
+	}
+	return &btrfsCapture{b: b, rel: rel, dst: dst, stop: b.flusher.start()}, nil
+}
+
+func (b *btrfs) Discard(dst string) error { return os.RemoveAll(dst) }
+
+// snapshot returns a snapshot of the root that began after the call. The caller
+// releases it.
+func (b *btrfs) snapshot() (*cut, error) {
+	b.mu.Lock()
+	c := b.next
+	leads := c == nil
+	if leads {
+		b.made++
+		c = &cut{path: filepath.Join(b.root, cutsDir, strconv.Itoa(b.made)), done: make(chan struct{})}
+		b.next = c
+	}
+	c.users++
+	b.mu.Unlock()
+
+	if leads {
+		b.taking.Lock() // meanwhile others join
+		b.mu.Lock()
+		b.next = nil // from here on they would come too late
+		b.mu.Unlock()
+		c.err = uapi.SnapshotSubvolume(b.root, c.path)
+		b.taking.Unlock()
+		close(c.done)
+	}
+	<-c.done
+	if c.err != nil {
+		return nil, errors.Join(fmt.Errorf("snapshot %s: %w", b.root, c.err), b.release(c))
+	}
+	return c, nil
+}
+
+// release gives up one use of the snapshot; the last one deletes it.
+func (b *btrfs) release(c *cut) error {
+	b.mu.Lock()
+	c.users--
+	last := c.users == 0
+	b.mu.Unlock()
+	if !last || c.err != nil {
+		return nil //nolint:nilerr // a snapshot that was not made has nothing to delete
+	}
+	return uapi.DestroySubvolume(c.path)
+}
+
+type btrfsCapture struct {
+	b        *btrfs
+	rel, dst string
+	stop     func()
+	cut      *cut // between Take and Seal
+	taken    bool
+}
+
+// Take does not look at its context: the ioctl cannot be interrupted.
+func (c *btrfsCapture) Take(context.Context) (err error) {
+	if c.cut, err = c.b.snapshot(); err != nil {
+		return err
+	}
+	c.taken = true
+	c.stop()
+	return nil
+}
+
+// Seal clones the captured directory out of the snapshot of everything, into the
+// one subvolume where inode numbers are unique (see the package's documentation).
+func (c *btrfsCapture) Seal(ctx context.Context) error {
+	if !c.taken {
+		return errNotTaken
+	}
+	if c.cut == nil {
+		return nil // sealed already
+	}
+	t := tree{src: filepath.Join(c.cut.path, c.rel), dst: c.dst, content: clone, trustTimes: true, static: true}
+	if err := os.RemoveAll(c.dst); err != nil { // of a Seal that failed
+		return err
+	}
+	if err := t.pass(ctx, true); err != nil {
+		return fmt.Errorf("clone the captured files: %w", err)
+	}
+	return c.Close()
+}
+
+func (c *btrfsCapture) Close() error {
+	c.stop()
+	if c.cut == nil {
+		return nil
+	}
+	cut := c.cut
+	c.cut = nil
+	return c.b.release(cut)
+}
+
+// flusher writes back the file system of dir again and again, as long as anybody
+// needs it.
+type flusher struct {
+	dir string
+
+	mu    sync.Mutex
+	users int
+	quit  chan struct{}
+}
+
+// start begins to flush, or joins. The function that it returns ends it, and may be
+// called again.
+func (f *flusher) start() func() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.users++; f.users == 1 {
+		f.quit = make(chan struct{})
+		go f.run(f.quit)
+	}
+	return sync.OnceFunc(func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if f.users--; f.users == 0 {
+			close(f.quit)
+		}
+	})
+}
+
+func (f *flusher) run(quit <-chan struct{}) {
+	tick := time.NewTicker(flushInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-quit:
+			return
+		case <-tick.C:
+		}
+		if err := syncfs(f.dir); err != nil {
+			log.L.WithError(err).Warn("flush ahead of a capture")
+			return
+		}
+	}
+}
