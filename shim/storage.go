@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package shim
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/containerd/containerd/api/types"
+)
+
+// storageRef is what the rootfs mounts say about the snapshotter behind them.
+type storageRef struct {
+	// upper is the writable layer's directory; empty if the rootfs is not an
+	// overlay or bind mount of the cohort snapshotter's layout.
+	upper string
+	// lower is the topmost read-only layer; empty if there is none.
+	lower string
+	// socket is cohortd's Storage socket; empty if the rootfs is another
+	// snapshotter's.
+	socket string
+}
+
+// storageOf reads the mounts that containerd hands to the shim. The cohort
+// snapshotter keeps a snapshot in ROOT/snapshots/N/fs and listens on
+// ROOT/host.sock.
+func storageOf(mounts []*types.Mount) storageRef {
+	var s storageRef
+	for _, m := range mounts {
+		switch {
+		case m.Type == "overlay" || strings.HasSuffix(m.Type, "/overlay"):
+			for _, o := range m.Options {
+				if v, ok := strings.CutPrefix(o, "upperdir="); ok {
+					s.upper = v
+				}
+				if v, ok := strings.CutPrefix(o, "lowerdir="); ok {
+					s.lower, _, _ = strings.Cut(v, ":")
+				}
+			}
+		case m.Type == "bind" && s.upper == "":
+			s.upper = m.Source
+		}
+	}
+	if s.upper == "" {
+		return s
+	}
+	root := filepath.Dir(filepath.Dir(filepath.Dir(s.upper)))
+	if sock := filepath.Join(root, "host.sock"); isSocket(sock) {
+		s.socket = sock
+	}
+	return s
+}
+
+func isSocket(path string) bool {
+	fi, err := os.Lstat(path)
+	return err == nil && fi.Mode().Type() == os.ModeSocket
+}
+
+// checkpointDir is the directory of the checkpoint that the topmost layer of
+// the image holds; empty if it holds none. Only the cohort snapshotter keeps
+// one there, outside of every container's view.
+func (s storageRef) checkpointDir() string {
+	if s.socket == "" || s.lower == "" {
+		return ""
+	}
+	dir := filepath.Join(filepath.Dir(s.lower), "checkpoint")
+	if fi, err := os.Lstat(dir); err != nil || !fi.IsDir() {
+		return ""
+	}
+	return dir
+}
