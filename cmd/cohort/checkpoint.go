@@ -1,0 +1,114 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cohort-project/cohort/runtime/ops"
+)
+
+func checkpointCommand(o *options) *cobra.Command {
+	var opts ops.CheckpointOptions
+	cmd := &cobra.Command{
+		Use:   "checkpoint [flags] [GROUP] REF",
+		Short: "Checkpoint a group of containers into images",
+		Long: `Checkpoint takes all members of a group through one barrier and stores what it
+captured as OCI images: REF names the group, REF-MEMBER each member. The members
+go on running, unless --stop is given.`,
+		Example: `  cohort checkpoint shop registry.example/shop:1
+  cohort checkpoint --stop --timeout 30s shop registry.example/shop:final
+  cohort checkpoint --member db --member cache registry.example/pair:1`,
+		Args: func(_ *cobra.Command, args []string) error {
+			switch {
+			case len(opts.Members) > 0 && len(args) != 1:
+				return fmt.Errorf("with --member give REF alone, not %d arguments", len(args))
+			case len(opts.Members) == 0 && len(args) != 2:
+				return fmt.Errorf("GROUP and REF are needed, got %d arguments", len(args))
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if opts.Timeout <= 0 {
+				return usage("--timeout %s: give a positive duration", opts.Timeout)
+			}
+			opts.Ref = args[len(args)-1]
+			if len(args) == 2 {
+				opts.Group = args[0]
+			}
+			return o.host(cmd, func(ctx context.Context, h *ops.Host) error {
+				p := newProgress(o.err)
+				opts.Progress = p.Step
+				res, err := h.Checkpoint(ctx, opts)
+				p.Close()
+				if res != nil && !o.json {
+					printFindings(o.err, res.Preflight)
+				}
+				if err != nil {
+					return err
+				}
+				if o.json {
+					return printJSON(o.out, res)
+				}
+				fmt.Fprintf(o.out, "%s: %d members, epoch %d, stopped for %.1f ms (skew %.1f ms)\n", res.Ref, len(res.Members), res.Number, res.StopMS, res.SkewMS)
+				rows := [][]string{{"MEMBER", "PROCESSES", "MEMORY", "STORAGE", "STOP", "IMAGE"}}
+				for _, m := range res.Members {
+					rows = append(rows, []string{m.Name, fmt.Sprint(m.Processes), size(m.MemoryBytes), size(m.StorageBytes), fmt.Sprintf("%.1f ms", m.StopMS), m.Image})
+				}
+				return table(o.out, rows)
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringArrayVar(&opts.Members, "member", nil, "container to checkpoint, instead of a group; may be repeated")
+	f.BoolVar(&opts.Stop, "stop", false, "end the members in the barrier: only the images remain")
+	f.DurationVar(&opts.Timeout, "timeout", 60*time.Second, "longest time that the members may stand still")
+	return cmd
+}
+
+func checkCommand(o *options) *cobra.Command {
+	var ids []string
+	cmd := &cobra.Command{
+		Use:   "check [flags] [GROUP]",
+		Short: "Tell whether a group could be checkpointed now",
+		Long: `Check runs the preflight of a checkpoint alone: it finds what would make one fail
+and names the member, the process and the cure. Nothing is changed. The exit code
+is 3 if a checkpoint would be refused.`,
+		Example: `  cohort check shop
+  cohort check --member db`,
+		Args: func(_ *cobra.Command, args []string) error {
+			if (len(ids) > 0) == (len(args) == 1) || len(args) > 1 {
+				return fmt.Errorf("give one GROUP, or --member")
+			}
+			return nil
+		},
+		RunE: func(cmd *cobra.Command, args []string) error {
+			group := ""
+			if len(args) == 1 {
+				group = args[0]
+			}
+			return o.host(cmd, func(ctx context.Context, h *ops.Host) error {
+				report, err := h.Check(ctx, group, ids)
+				if report != nil {
+					if o.json {
+						if perr := printJSON(o.out, report); perr != nil {
+							return perr
+						}
+					} else {
+						printFindings(o.out, report.Report)
+						if err == nil {
+							fmt.Fprintf(o.out, "%d members can be checkpointed\n", len(report.Members))
+						}
+					}
+				}
+				return err
+			})
+		},
+	}
+	cmd.Flags().StringArrayVar(&ids, "member", nil, "container to check, instead of a group; may be repeated")
+	return cmd
+}

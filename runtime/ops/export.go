@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package ops
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/pkg/shim"
+	"github.com/containerd/errdefs"
+	"github.com/containerd/ttrpc"
+	"github.com/opencontainers/go-digest"
+	"golang.org/x/sync/errgroup"
+
+	memberAPI "github.com/cohort-project/cohort/api/member/v1"
+	storageAPI "github.com/cohort-project/cohort/api/storage/v1"
+	"github.com/cohort-project/cohort/oci"
+	"github.com/cohort-project/cohort/snapshotter"
+)
+
+// exporter turns the sealed captures of a group into images.
+type exporter struct {
+	h       *Host
+	members []*member
+	res     *CheckpointResult
+	info    oci.GroupInfo
+}
+
+// run is the export phase. What it leaves behind when it fails is under the
+// lease of ctx and goes with it, but for the captures, which the members discard
+// when the epoch ends.
+func (x *exporter) run(ctx context.Context) error {
+	images := make([]oci.MemberImage, len(x.members))
+	var eg errgroup.Group
+	for i, m := range x.members {
+		if m.sealed == nil {
+			return fmt.Errorf("member %s: %w", m.ID(), errNotSealed)
+		}
+		eg.Go(func() (err error) {
+			images[i], err = x.member(ctx, m)
+			return err
+		})
+	}
+	if err := eg.Wait(); err != nil {
+		return err
+	}
+	for _, img := range images {
+		if img.Checkpoint.CutAt.After(x.info.CutAt) {
+			x.info.CutAt = img.Checkpoint.CutAt
+		}
+	}
+	if x.info.CutAt.IsZero() {
+		x.info.CutAt = time.Now()
+	}
+	desc, err := oci.BuildGroup(ctx, x.h.Client.ContentStore(), images, x.info)
+	if err != nil {
+		return err
+	}
+	x.res.Digest = desc.Digest.String()
+	names, err := oci.Publish(ctx, x.h.Client.ImageService(), x.res.Ref, desc, images)
+	if err != nil {
+		return err
+	}
+	for i, m := range x.members {
+		parts := map[string]float64{}
+		for k, v := range m.capture.GetPartsNs() {
+			parts[k] = float64(v) / 1e6
+		}
+		x.res.Members = append(x.res.Members, CheckpointMember{
+			ID: m.c.ID(), Name: m.c.Member, Processes: len(images[i].Checkpoint.Processes),
+			MemoryBytes: m.sealed.MemoryBytes, StorageBytes: m.sealed.StorageBytes,
+			Image: names[i], Digest: images[i].Manifest.Digest.String(), PartsMS: parts,
+			Memory: memoryResult(m.sealed.GetMemory()),
+		})
+	}
+	return nil
+}
+
+// member builds one member's image, and commits what was captured as the
+// snapshots that a restore on this host starts from.
+func (x *exporter) member(ctx context.Context, m *member) (oci.MemberImage, error) {
+	store := x.h.Client.ContentStore()
+	img, err := oci.BuildMember(ctx, store, oci.MemberInput{
+		Base: m.image.target, Parent: digest.Digest(m.image.chainID),
+		Upper: m.sealed.FsDir, CheckpointDir: m.sealed.CheckpointDir,
+	})
+	if err != nil {
+		return img, err
+	}
+	capture := m.sealed.Capture
+	if err := x.adopt(ctx, snapshotter.LabelAdoptFS, capture, img.BaseChainID, img.RWChainID); err != nil {
+		return img, fmt.Errorf("member %s: commit the writable layer: %w", m.ID(), err)
+	}
+	if err := x.adopt(ctx, snapshotter.LabelAdoptCheckpoint, capture, img.RWChainID, img.CheckpointChainID); err != nil {
+		return img, fmt.Errorf("member %s: commit the checkpoint layer: %w", m.ID(), err)
+	}
+	if err := oci.SetSnapshotRef(ctx, store, img.Config.Digest, Snapshotter, img.CheckpointChainID); err != nil {
+		return img, err
+	}
+	// What it held is in snapshots now.
+	return img, discard(ctx, m.c.inspect.StorageAddress, capture)
+}
+
+func discard(ctx context.Context, socket, capture string) error {
+	conn, err := shim.AnonDialer("unix://"+socket, dialTimeout)
+	if err != nil {
+		return fmt.Errorf("connect to cohortd: %w", err)
+	}
+	c := ttrpc.NewClient(conn)
+	defer c.Close()
+	_, err = storageAPI.NewStorageClient(c).Discard(ctx, &storageAPI.CaptureRequest{Id: capture})
+	return err
+}
+
+// adopt commits a part of a capture as the snapshot of a chain id. It is no
+// error if that exists: its content is the same by construction.
+func (x *exporter) adopt(ctx context.Context, label, capture string, parent, chain digest.Digest) error {
+	sn := x.h.Client.SnapshotService(Snapshotter)
+	if _, err := sn.Stat(ctx, chain.String()); err == nil {
+		return nil
+	}
+	key := fmt.Sprintf("cohort-%s-%s", capture, chain.Encoded()[:12])
+	if _, err := sn.Prepare(ctx, key, parent.String(), snapshots.WithLabels(map[string]string{label: capture})); err != nil {
+		return err
+	}
+	if err := sn.Commit(ctx, chain.String(), key); err != nil {
+		rerr := sn.Remove(context.WithoutCancel(ctx), key)
+		if errdefs.IsAlreadyExists(err) {
+			return rerr
+		}
+		return err
+	}
+	return nil
+}
+
+func memoryResult(m *memberAPI.Memory) MemoryResult {
+	return MemoryResult{
+		Engine: m.GetEngine(), Why: m.GetWhy(), Rounds: m.GetRounds(), CopiedBytes: m.GetCopiedBytes(), End: m.GetEnd(),
+		BarrierBytes: m.GetBarrierBytes(), PrecopiedBytes: m.GetPrecopiedBytes(), Untracked: m.GetUntracked(),
+	}
+}
