@@ -1,0 +1,357 @@
+// SPDX-License-Identifier: Apache-2.0
+
+/*
+ * libcohort-criu.so: loaded into CRIU by the loader's --preload (see contrib/setup/tools.sh).
+ *
+ * CRIU reads the resource limits of every task that it dumps with
+ *
+ *	syscall(__NR_prlimit64, pid, resource, NULL, &limit)	(criu/cr-dump.c, dump_task_rlimits)
+ *
+ * and the kernel refuses that for a task of another user unless the caller has CAP_SYS_RESOURCE
+ * (kernel/sys.c, check_prlimit_permission). Root lacks this capability on many hosts: in containers,
+ * in most CI machines, under hardened service units. The same numbers are in /proc/PID/limits, which
+ * root may always read. This library answers from there, and only when the kernel has said EPERM.
+ *
+ * The second thing it does, where the environment has COHORT_CRIU_NO_CONNTRACK=1: it answers CRIU's
+ * request for the connection tracking table of the container's network namespace (criu/net.c, dump_nf_ct)
+ * with an empty one. The namespace is external for cohort, a restore never looks at the table; but the kernel
+ * walks its whole hash to dump it, twice: 12 ms each time with the 262,144 buckets of a machine with 24 GiB,
+ * while the container is frozen.
+ *
+ * The third, where the environment has COHORT_CRIU_SKIP_CLEAN=1: the pages that CRIU dumps of a private
+ * mapping are only those written since they were last write-protected by userfaultfd. The others were copied
+ * while the container ran, and are added to the images afterwards (runtime/memory/pages). CRIU asks for
+ * pages with ioctl(PAGEMAP_SCAN) (criu/pagemap-cache.c, pmc_fill); one category more is required of them here.
+ * The kernel reports every page of a mapping that nobody tracks as written. Shared memory is not
+ * concerned: CRIU finds its pages by mincore(2) (criu/shmem.c), unless told otherwise by CRIU_TRACK_SHMEM,
+ * and then nothing is changed here. The vDSO and asynchronous I/O rings are dumped whole in any case.
+ *
+ * It wraps syscall(2) itself, since CRIU calls the limit that way. It may need nothing that some C
+ * library lacks: it is built with the host's compiler and runs beside the libraries of CRIU's own
+ * prefix. The symbols it takes from there are __errno_location and getenv, which glibc and musl both have.
+ * Everything else is a bare system call.
+ */
+
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <stdarg.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <linux/netfilter/nfnetlink.h>
+#include <linux/netfilter/nfnetlink_conntrack.h>
+#include <linux/netlink.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+
+/*
+ * From include/uapi/linux/fs.h of Linux 6.7, which the headers of the host may not have yet.
+ */
+struct scan {
+	uint64_t size;
+	uint64_t flags;
+	uint64_t start;
+	uint64_t end;
+	uint64_t walk_end;
+	uint64_t vec;
+	uint64_t vec_len;
+	uint64_t max_pages;
+	uint64_t category_inverted;
+	uint64_t category_mask;
+	uint64_t category_anyof_mask;
+	uint64_t return_mask;
+};
+
+#define SCAN 0xc0606610UL /* _IOWR('f', 16, struct pm_scan_arg) */
+#define SCAN_WRITTEN (1 << 1)
+#define SCAN_FILE (1 << 2)
+#define SCAN_PRESENT (1 << 3)
+#define SCAN_SWAPPED (1 << 4)
+#define SCAN_PFNZERO (1 << 5)
+
+/* Limits of a task as in /proc/PID/limits: 16 lines of under 80 characters (fs/proc/base.c). */
+#define LIMITS_SIZE 4096
+#define LIMITS_COUNT 16
+
+/* The kernel's struct rlimit64 (include/uapi/linux/resource.h), named apart from the C library's. */
+struct limit {
+	uint64_t soft;
+	uint64_t hard;
+};
+
+static long raw(long number, long a, long b, long c, long d, long e, long f)
+{
+#if defined(__x86_64__)
+	long result;
+	register long r10 __asm__("r10") = d;
+	register long r8 __asm__("r8") = e;
+	register long r9 __asm__("r9") = f;
+
+	__asm__ volatile("syscall"
+			 : "=a"(result)
+			 : "a"(number), "D"(a), "S"(b), "d"(c), "r"(r10), "r"(r8), "r"(r9)
+			 : "rcx", "r11", "memory");
+	return result;
+#elif defined(__aarch64__)
+	register long x8 __asm__("x8") = number;
+	register long x0 __asm__("x0") = a;
+	register long x1 __asm__("x1") = b;
+	register long x2 __asm__("x2") = c;
+	register long x3 __asm__("x3") = d;
+	register long x4 __asm__("x4") = e;
+	register long x5 __asm__("x5") = f;
+
+	__asm__ volatile("svc 0"
+			 : "+r"(x0)
+			 : "r"(x8), "r"(x1), "r"(x2), "r"(x3), "r"(x4), "r"(x5)
+			 : "memory");
+	return x0;
+#else
+#error "libcohort-criu knows the system call convention of x86-64 and arm64 only"
+#endif
+}
+
+static long answer(long result)
+{
+	if (result < 0 && result >= -4095) {
+		errno = (int)-result;
+		return -1;
+	}
+	return result;
+}
+
+/*
+ * The lines of /proc/PID/limits in the order of the resource numbers (include/uapi/asm-generic/resource.h);
+ * the file has its own order, which is not promised to be the same, so lines are found by name.
+ */
+static const char *const limit_names[LIMITS_COUNT] = {
+	"Max cpu time",	      "Max file size",	   "Max data size",	  "Max stack size",
+	"Max core file size", "Max resident set",  "Max processes",	  "Max open files",
+	"Max locked memory",  "Max address space", "Max file locks",	  "Max pending signals",
+	"Max msgqueue size",  "Max nice priority", "Max realtime priority", "Max realtime timeout",
+};
+
+/* append_number writes the digits of n at p and returns the place behind them. */
+static char *append_number(char *p, unsigned long n)
+{
+	char digits[20];
+	int count = 0;
+
+	do {
+		digits[count++] = (char)('0' + n % 10);
+		n /= 10;
+	} while (n);
+	while (count)
+		*p++ = digits[--count];
+	return p;
+}
+
+static char *append_text(char *p, const char *text)
+{
+	while (*text)
+		*p++ = *text++;
+	return p;
+}
+
+/* parse_value reads "unlimited" or a decimal number behind blanks; NULL when there is neither. */
+static const char *parse_value(const char *p, const char *end, uint64_t *value)
+{
+	static const char unlimited[] = "unlimited";
+	const char *begin;
+	size_t i;
+
+	while (p < end && *p == ' ')
+		p++;
+	for (i = 0; i < sizeof(unlimited) - 1; i++)
+		if (p + i >= end || p[i] != unlimited[i])
+			break;
+	if (i == sizeof(unlimited) - 1) {
+		*value = UINT64_MAX;
+		return p + i;
+	}
+	begin = p;
+	for (*value = 0; p < end && *p >= '0' && *p <= '9'; p++) {
+		uint64_t digit = (uint64_t)(*p - '0');
+
+		if (*value > (UINT64_MAX - digit) / 10)
+			return NULL;
+		*value = *value * 10 + digit;
+	}
+	return p > begin ? p : NULL;
+}
+
+/* find_limit takes one resource's pair from the text of a limits file; 0 when it was found. */
+static int find_limit(const char *text, size_t size, unsigned int resource, struct limit *limit)
+{
+	const char *end = text + size;
+	const char *line = text;
+
+	while (line < end) {
+		const char *next = line;
+		const char *p = line;
+		const char *name = limit_names[resource];
+
+		while (next < end && *next != '\n')
+			next++;
+		while (*name && p < next && *p == *name) {
+			p++;
+			name++;
+		}
+		if (!*name && p < next && *p == ' ') {
+			p = parse_value(p, next, &limit->soft);
+			p = p ? parse_value(p, next, &limit->hard) : NULL;
+			return p ? 0 : -1;
+		}
+		line = next + 1;
+	}
+	return -1;
+}
+
+static int read_limit(long pid, unsigned int resource, struct limit *limit)
+{
+	char path[48];
+	char text[LIMITS_SIZE];
+	size_t size = 0;
+	char *p;
+	long fd;
+
+	p = append_text(path, "/proc/");
+	p = append_number(p, (unsigned long)pid);
+	p = append_text(p, "/limits");
+	*p = '\0';
+
+	fd = raw(SYS_openat, AT_FDCWD, (long)path, O_RDONLY | O_CLOEXEC, 0, 0, 0);
+	if (fd < 0)
+		return -1;
+	while (size < sizeof(text)) {
+		long count = raw(SYS_read, fd, (long)(text + size), (long)(sizeof(text) - size), 0, 0, 0);
+
+		if (count == -EINTR)
+			continue;
+		if (count <= 0)
+			break;
+		size += (size_t)count;
+	}
+	raw(SYS_close, fd, 0, 0, 0, 0, 0);
+	return find_limit(text, size, resource, limit);
+}
+
+/*
+ * syscall is the C library's, with one answer changed. Six arguments are always taken, as every C
+ * library does: what the caller did not pass is whatever its registers held, and the kernel does not look.
+ */
+__attribute__((visibility("default"))) long syscall(long number, ...)
+{
+	va_list args;
+	long a, b, c, d, e, f, result;
+
+	va_start(args, number);
+	a = va_arg(args, long);
+	b = va_arg(args, long);
+	c = va_arg(args, long);
+	d = va_arg(args, long);
+	e = va_arg(args, long);
+	f = va_arg(args, long);
+	va_end(args);
+
+	/* pid_t and int arrive in 64-bit registers whose upper half is not defined. */
+	result = raw(number, a, b, c, d, e, f);
+	if (result == -EPERM && number == SYS_prlimit64 && c == 0 && d != 0 && (int)a > 0 &&
+	    (unsigned int)b < LIMITS_COUNT && read_limit((int)a, (unsigned int)b, (struct limit *)d) == 0)
+		return 0;
+	return answer(result);
+}
+
+/* is_set says whether a variable of the environment is "1". */
+static int is_set(const char *name)
+{
+	const char *value = getenv(name);
+
+	return value && value[0] == '1' && value[1] == '\0';
+}
+
+/* The socket and sequence number of a request that waits for its empty answer. CRIU dumps in one thread. */
+static int conntrack_socket = -1;
+static uint32_t conntrack_seq;
+
+/* is_conntrack_dump knows the two requests by their type: the table, and the expectations. */
+static int is_conntrack_dump(const struct msghdr *msg)
+{
+	const struct nlmsghdr *h;
+
+	if (!msg || msg->msg_iovlen != 1 || msg->msg_iov[0].iov_len < sizeof(*h) || msg->msg_namelen != sizeof(struct sockaddr_nl))
+		return 0;
+	h = msg->msg_iov[0].iov_base;
+	if (!(h->nlmsg_flags & NLM_F_DUMP) ||
+	    (h->nlmsg_type != ((NFNL_SUBSYS_CTNETLINK << 8) | IPCTNL_MSG_CT_GET) &&
+	     h->nlmsg_type != ((NFNL_SUBSYS_CTNETLINK << 8) | IPCTNL_MSG_EXP_GET)))
+		return 0;
+	return is_set("COHORT_CRIU_NO_CONNTRACK");
+}
+
+__attribute__((visibility("default"))) ssize_t sendmsg(int fd, const struct msghdr *msg, int flags)
+{
+	if (is_conntrack_dump(msg)) {
+		const struct nlmsghdr *h = msg->msg_iov[0].iov_base;
+
+		conntrack_socket = fd;
+		conntrack_seq = h->nlmsg_seq;
+		return (ssize_t)msg->msg_iov[0].iov_len;
+	}
+	return answer(raw(SYS_sendmsg, fd, (long)msg, flags, 0, 0, 0));
+}
+
+__attribute__((visibility("default"))) ssize_t recvmsg(int fd, struct msghdr *msg, int flags)
+{
+	/* NLMSG_DONE with the dump's result, 0 (net/netlink/af_netlink.c, netlink_dump_done). */
+	struct done {
+		struct nlmsghdr h;
+		int result;
+	} *d;
+
+	if (fd != conntrack_socket || !msg || msg->msg_iovlen < 1 || msg->msg_iov[0].iov_len < sizeof(*d))
+		return answer(raw(SYS_recvmsg, fd, (long)msg, flags, 0, 0, 0));
+	conntrack_socket = -1;
+	d = msg->msg_iov[0].iov_base;
+	d->h.nlmsg_len = sizeof(*d);
+	d->h.nlmsg_type = NLMSG_DONE;
+	d->h.nlmsg_flags = NLM_F_MULTI;
+	d->h.nlmsg_seq = conntrack_seq;
+	d->h.nlmsg_pid = 0;
+	d->result = 0;
+	msg->msg_flags = 0;
+	msg->msg_controllen = 0;
+	return sizeof(*d);
+}
+
+/*
+ * is_dump_scan knows CRIU's request for the pages to dump by its masks. The same masks without room for
+ * an answer are its test of the kernel (criu/kerndat.c, check_pagemap), and guard pages are asked for otherwise.
+ */
+static int is_dump_scan(const struct scan *scan)
+{
+	return scan && scan->size == sizeof(*scan) && !scan->flags && scan->vec_len &&
+	       scan->category_mask == (SCAN_PFNZERO | SCAN_FILE) && scan->category_inverted == (SCAN_PFNZERO | SCAN_FILE) &&
+	       scan->category_anyof_mask == (SCAN_PRESENT | SCAN_SWAPPED);
+}
+
+/* The request is a long in glibc and an int in musl; its upper half says nothing. */
+__attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, ...)
+{
+	struct scan *scan;
+	va_list args;
+	long arg, result;
+
+	va_start(args, request);
+	arg = va_arg(args, long);
+	va_end(args);
+	scan = (struct scan *)arg;
+	request = (uint32_t)request;
+	if (request != SCAN || !is_dump_scan(scan) || !is_set("COHORT_CRIU_SKIP_CLEAN") || getenv("CRIU_TRACK_SHMEM"))
+		return (int)answer(raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0));
+	scan->category_mask |= SCAN_WRITTEN;
+	result = raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0);
+	scan->category_mask &= ~(uint64_t)SCAN_WRITTEN;
+	return (int)answer(result);
+}
