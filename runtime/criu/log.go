@@ -10,39 +10,34 @@ import (
 	"strings"
 )
 
-// Explain adds the first error line of a CRIU log to err, or its last lines where
-// CRIU failed without a word: its own answer is often no more than "type NOTIFY
-// errno 0".
+// Explain adds the first error line of a CRIU log to err, or what else there is to
+// say of it: CRIU's own answer is often no more than "type NOTIFY errno 0".
 func Explain(err error, logPath string) error {
 	line := FirstError(logPath)
 	if line == "" {
 		line = lastLines(logPath)
 	}
-	if line == "" {
-		return err
-	}
 	return fmt.Errorf("%w: %s (log: %s)", err, line, logPath)
 }
 
-// lastLines are the last three lines of a log, which is what CRIU was at.
+// lastLines are the last three lines of a log that names no error, which is what
+// CRIU was at.
 func lastLines(logPath string) string {
 	f, err := os.Open(logPath)
 	if err != nil {
-		return ""
+		return fmt.Sprintf("there is no log to say why: %v", err)
 	}
 	defer f.Close()
 	const tail = 1 << 10
 	if fi, err := f.Stat(); err == nil && fi.Size() > tail {
-		if _, err := f.Seek(-tail, io.SeekEnd); err != nil {
-			return ""
-		}
+		_, _ = f.Seek(-tail, io.SeekEnd) // else the first lines are shown
 	}
 	b, err := io.ReadAll(io.LimitReader(f, tail))
 	if err != nil || len(b) == 0 {
-		return ""
+		return fmt.Sprintf("its log is empty (%v)", err)
 	}
 	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
-	return fmt.Sprintf("CRIU names no error, its log ends in %q", lines[max(0, len(lines)-3):])
+	return fmt.Sprintf("its log names no error and ends in %q", lines[max(0, len(lines)-3):])
 }
 
 // harmless is an error line that CRIU writes and goes on: root without
