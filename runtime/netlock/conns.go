@@ -134,41 +134,18 @@ func Inside(netns ...string) (keep func(Conn) bool, err error) {
 // The kernel must have CONFIG_INET_DIAG_DESTROY. The host's namespace is refused
 // with errdefs.ErrFailedPrecondition.
 func CloseOutside(netns string, keep func(Conn) bool) (closed []Conn, err error) {
-	doing := "closing outside connections of " + netns
-	ns, err := openNS(netns)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", doing, err)
-	}
-	defer ns.Close()
-	if err := refuseHost(ns, doing); err != nil {
-		return nil, err
-	}
-	conns, err := connections(ns)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", doing, err)
-	}
-	known := make(map[ends]struct{}, len(conns))
-	for _, c := range conns {
-		if c.Connected() {
-			known[ends{c.Local, c.Remote}] = struct{}{}
+	return closeThose(netns, "closing outside connections of "+netns, func(conns []Conn) func(Conn) bool {
+		known := make(map[ends]struct{}, len(conns))
+		for _, c := range conns {
+			if c.Connected() {
+				known[ends{c.Local, c.Remote}] = struct{}{}
+			}
 		}
-	}
-	for _, c := range conns {
-		if !c.Connected() {
-			continue
+		return func(c Conn) bool {
+			_, here := known[ends{c.Remote, c.Local}]
+			return !here && (keep == nil || !keep(c))
 		}
-		if _, here := known[ends{c.Remote, c.Local}]; here || (keep != nil && keep(c)) {
-			continue
-		}
-		done, err := destroy(ns, c)
-		if err != nil {
-			return closed, fmt.Errorf("%s: %w", doing, err)
-		}
-		if done {
-			closed = append(closed, c)
-		}
-	}
-	return closed, nil
+	})
 }
 
 // CloseOrphans destroys those of the connections, which Connections listed before
@@ -178,7 +155,23 @@ func CloseOutside(netns string, keep func(Conn) bool) (closed []Conn, err error)
 // way; the namespace's other connections stay, and the kernel and the host are as
 // for CloseOutside.
 func CloseOrphans(netns string, held []Conn) (closed []Conn, err error) {
-	doing := "closing orphaned connections of " + netns
+	return closeThose(netns, "closing orphaned connections of "+netns, func([]Conn) func(Conn) bool {
+		known := make(map[sockID]struct{}, len(held))
+		for _, c := range held {
+			if c.Connected() && c.Inode != 0 {
+				known[c.id] = struct{}{}
+			}
+		}
+		return func(c Conn) bool {
+			_, was := known[c.id]
+			return was && c.Inode == 0
+		}
+	})
+}
+
+// closeThose destroys the connections of a namespace that the chooser, made from
+// all of its connections, wants gone.
+func closeThose(netns, doing string, chooser func([]Conn) func(Conn) bool) (closed []Conn, err error) {
 	ns, err := openNS(netns)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", doing, err)
@@ -191,14 +184,9 @@ func CloseOrphans(netns string, held []Conn) (closed []Conn, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", doing, err)
 	}
-	known := make(map[sockID]struct{}, len(held))
-	for _, c := range held {
-		if c.Connected() && c.Inode != 0 {
-			known[c.id] = struct{}{}
-		}
-	}
+	wanted := chooser(conns)
 	for _, c := range conns {
-		if _, was := known[c.id]; !was || c.Inode != 0 || !c.Connected() {
+		if !c.Connected() || !wanted(c) {
 			continue
 		}
 		done, err := destroy(ns, c)

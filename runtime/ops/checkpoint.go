@@ -152,7 +152,7 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 		if _, err := oci.MemberRef(ref, c.Member); err != nil {
 			return res, err
 		}
-		members[i] = &member{c: c, image: image, stop: o.Stop}
+		members[i] = &member{c: c, image: image}
 	}
 	if res.Number, err = h.nextNumber(ctx, res.Group); err != nil {
 		return res, err

@@ -24,8 +24,6 @@ type member struct {
 	image   imageFacts
 	capture *memberAPI.CaptureResponse
 	sealed  *memberAPI.SealResponse
-	prep    *memberAPI.PrepareResponse
-	stop    bool
 }
 
 // imageFacts are what only containerd knows of a container.
@@ -59,13 +57,12 @@ func native(err error) error {
 }
 
 func (m *member) Prepare(ctx context.Context, e group.Epoch) error {
-	resp, err := m.c.api.Prepare(ctx, &memberAPI.PrepareRequest{
+	_, err := m.c.api.Prepare(ctx, &memberAPI.PrepareRequest{
 		Id: m.c.ID(), Epoch: e.ID, LeaseMs: uint32(e.Lease.Milliseconds()), Group: e.Group, Number: e.Number,
 		Stop: e.Stop, Member: m.c.Member,
 		ImageRef: m.image.ref, ImageDigest: m.image.digest, ChainId: m.image.chainID,
 		CreatedUnixNs: m.c.Info.CreatedAt.UnixNano(),
 	})
-	m.prep = resp
 	return native(err)
 }
 
