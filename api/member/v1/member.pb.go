@@ -24,8 +24,10 @@ const (
 )
 
 type InspectRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	// engine is what a Prepare would ask for (see PrepareRequest.engine).
+	Engine        string `protobuf:"bytes,2,opt,name=engine,proto3" json:"engine,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -63,6 +65,13 @@ func (*InspectRequest) Descriptor() ([]byte, []int) {
 func (x *InspectRequest) GetId() string {
 	if x != nil {
 		return x.Id
+	}
+	return ""
+}
+
+func (x *InspectRequest) GetEngine() string {
+	if x != nil {
+		return x.Engine
 	}
 	return ""
 }
@@ -182,7 +191,13 @@ type InspectResponse struct {
 	ShimPid int32  `protobuf:"varint,15,opt,name=shim_pid,json=shimPid,proto3" json:"shim_pid,omitempty"`
 	Rootfs  string `protobuf:"bytes,16,opt,name=rootfs,proto3" json:"rootfs,omitempty"`
 	// tasks in the container's cgroup that are not descendants of its init (exec sessions).
-	Foreign       []*Process `protobuf:"bytes,17,rep,name=foreign,proto3" json:"foreign,omitempty"`
+	Foreign []*Process `protobuf:"bytes,17,rep,name=foreign,proto3" json:"foreign,omitempty"`
+	// how the container's memory would be taken (see Memory.engine), and why; without an
+	// engine, why the one that was asked for cannot be used here.
+	MemoryEngine    string `protobuf:"bytes,18,opt,name=memory_engine,json=memoryEngine,proto3" json:"memory_engine,omitempty"`
+	MemoryEngineWhy string `protobuf:"bytes,19,opt,name=memory_engine_why,json=memoryEngineWhy,proto3" json:"memory_engine_why,omitempty"`
+	// epoch since whose cut the container's writes are known, empty if none.
+	TrackedEpoch  string `protobuf:"bytes,20,opt,name=tracked_epoch,json=trackedEpoch,proto3" json:"tracked_epoch,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -336,6 +351,27 @@ func (x *InspectResponse) GetForeign() []*Process {
 	return nil
 }
 
+func (x *InspectResponse) GetMemoryEngine() string {
+	if x != nil {
+		return x.MemoryEngine
+	}
+	return ""
+}
+
+func (x *InspectResponse) GetMemoryEngineWhy() string {
+	if x != nil {
+		return x.MemoryEngineWhy
+	}
+	return ""
+}
+
+func (x *InspectResponse) GetTrackedEpoch() string {
+	if x != nil {
+		return x.TrackedEpoch
+	}
+	return ""
+}
+
 type PrepareRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -356,6 +392,15 @@ type PrepareRequest struct {
 	ImageDigest   string `protobuf:"bytes,9,opt,name=image_digest,json=imageDigest,proto3" json:"image_digest,omitempty"`
 	ChainId       string `protobuf:"bytes,10,opt,name=chain_id,json=chainId,proto3" json:"chain_id,omitempty"`
 	CreatedUnixNs int64  `protobuf:"varint,11,opt,name=created_unix_ns,json=createdUnixNs,proto3" json:"created_unix_ns,omitempty"`
+	// parent is the epoch of the same container whose checkpoint is here and
+	// against which only what changed is stored; unset for a full checkpoint.
+	Parent *Parent `protobuf:"bytes,12,opt,name=parent,proto3" json:"parent,omitempty"`
+	// keep_tracking leaves the container's writes tracked when the epoch ends, so
+	// that the next one need not look at what did not change.
+	KeepTracking bool `protobuf:"varint,13,opt,name=keep_tracking,json=keepTracking,proto3" json:"keep_tracking,omitempty"`
+	// engine is the only way in which the memory may be taken (see Memory.engine);
+	// empty for the best one.
+	Engine        string `protobuf:"bytes,14,opt,name=engine,proto3" json:"engine,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -467,6 +512,99 @@ func (x *PrepareRequest) GetCreatedUnixNs() int64 {
 	return 0
 }
 
+func (x *PrepareRequest) GetParent() *Parent {
+	if x != nil {
+		return x.Parent
+	}
+	return nil
+}
+
+func (x *PrepareRequest) GetKeepTracking() bool {
+	if x != nil {
+		return x.KeepTracking
+	}
+	return false
+}
+
+func (x *PrepareRequest) GetEngine() string {
+	if x != nil {
+		return x.Engine
+	}
+	return ""
+}
+
+// Parent is a checkpoint that another one builds on. Whoever names it sees to it
+// that its files stay until Finish.
+type Parent struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Epoch  string                 `protobuf:"bytes,1,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	Number uint64                 `protobuf:"varint,2,opt,name=number,proto3" json:"number,omitempty"`
+	// checkpoint directories, newest first: the parent's and those it builds on itself.
+	Checkpoints []string `protobuf:"bytes,3,rep,name=checkpoints,proto3" json:"checkpoints,omitempty"`
+	// captured writable layers in overlay format, newest first.
+	Uppers        []string `protobuf:"bytes,4,rep,name=uppers,proto3" json:"uppers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *Parent) Reset() {
+	*x = Parent{}
+	mi := &file_member_v1_member_proto_msgTypes[4]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *Parent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*Parent) ProtoMessage() {}
+
+func (x *Parent) ProtoReflect() protoreflect.Message {
+	mi := &file_member_v1_member_proto_msgTypes[4]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use Parent.ProtoReflect.Descriptor instead.
+func (*Parent) Descriptor() ([]byte, []int) {
+	return file_member_v1_member_proto_rawDescGZIP(), []int{4}
+}
+
+func (x *Parent) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *Parent) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
+	}
+	return 0
+}
+
+func (x *Parent) GetCheckpoints() []string {
+	if x != nil {
+		return x.Checkpoints
+	}
+	return nil
+}
+
+func (x *Parent) GetUppers() []string {
+	if x != nil {
+		return x.Uppers
+	}
+	return nil
+}
+
 type PrepareResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// directory that holds the checkpoint (CRIU images below checkpoint/).
@@ -478,7 +616,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[4]
+	mi := &file_member_v1_member_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -490,7 +628,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[4]
+	mi := &file_member_v1_member_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -503,7 +641,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{4}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *PrepareResponse) GetCaptureDir() string {
@@ -530,7 +668,7 @@ type EpochRequest struct {
 
 func (x *EpochRequest) Reset() {
 	*x = EpochRequest{}
-	mi := &file_member_v1_member_proto_msgTypes[5]
+	mi := &file_member_v1_member_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -542,7 +680,7 @@ func (x *EpochRequest) String() string {
 func (*EpochRequest) ProtoMessage() {}
 
 func (x *EpochRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[5]
+	mi := &file_member_v1_member_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -555,7 +693,7 @@ func (x *EpochRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EpochRequest.ProtoReflect.Descriptor instead.
 func (*EpochRequest) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{5}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *EpochRequest) GetId() string {
@@ -580,7 +718,7 @@ type EpochResponse struct {
 
 func (x *EpochResponse) Reset() {
 	*x = EpochResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[6]
+	mi := &file_member_v1_member_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -592,7 +730,7 @@ func (x *EpochResponse) String() string {
 func (*EpochResponse) ProtoMessage() {}
 
 func (x *EpochResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[6]
+	mi := &file_member_v1_member_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -605,7 +743,7 @@ func (x *EpochResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EpochResponse.ProtoReflect.Descriptor instead.
 func (*EpochResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{6}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{7}
 }
 
 type FreezeResponse struct {
@@ -619,7 +757,7 @@ type FreezeResponse struct {
 
 func (x *FreezeResponse) Reset() {
 	*x = FreezeResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[7]
+	mi := &file_member_v1_member_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -631,7 +769,7 @@ func (x *FreezeResponse) String() string {
 func (*FreezeResponse) ProtoMessage() {}
 
 func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[7]
+	mi := &file_member_v1_member_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -644,7 +782,7 @@ func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeResponse.ProtoReflect.Descriptor instead.
 func (*FreezeResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{7}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *FreezeResponse) GetAskedNs() int64 {
@@ -672,7 +810,7 @@ type CaptureResponse struct {
 
 func (x *CaptureResponse) Reset() {
 	*x = CaptureResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[8]
+	mi := &file_member_v1_member_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -684,7 +822,7 @@ func (x *CaptureResponse) String() string {
 func (*CaptureResponse) ProtoMessage() {}
 
 func (x *CaptureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[8]
+	mi := &file_member_v1_member_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -697,7 +835,7 @@ func (x *CaptureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CaptureResponse.ProtoReflect.Descriptor instead.
 func (*CaptureResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{8}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *CaptureResponse) GetMemoryBytes() uint64 {
@@ -725,7 +863,7 @@ type ResumeRequest struct {
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_member_v1_member_proto_msgTypes[9]
+	mi := &file_member_v1_member_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -737,7 +875,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[9]
+	mi := &file_member_v1_member_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -750,7 +888,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{9}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *ResumeRequest) GetId() string {
@@ -784,7 +922,7 @@ type ResumeResponse struct {
 
 func (x *ResumeResponse) Reset() {
 	*x = ResumeResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[10]
+	mi := &file_member_v1_member_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -796,7 +934,7 @@ func (x *ResumeResponse) String() string {
 func (*ResumeResponse) ProtoMessage() {}
 
 func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[10]
+	mi := &file_member_v1_member_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -809,7 +947,7 @@ func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeResponse.ProtoReflect.Descriptor instead.
 func (*ResumeResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{10}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ResumeResponse) GetResumedNs() int64 {
@@ -836,7 +974,7 @@ type SealResponse struct {
 
 func (x *SealResponse) Reset() {
 	*x = SealResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[11]
+	mi := &file_member_v1_member_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -848,7 +986,7 @@ func (x *SealResponse) String() string {
 func (*SealResponse) ProtoMessage() {}
 
 func (x *SealResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[11]
+	mi := &file_member_v1_member_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -861,7 +999,7 @@ func (x *SealResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealResponse.ProtoReflect.Descriptor instead.
 func (*SealResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{11}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *SealResponse) GetStorageBytes() uint64 {
@@ -909,7 +1047,8 @@ func (x *SealResponse) GetMemory() *Memory {
 // Memory says how a member's memory was taken.
 type Memory struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// "wp-async": pre-copied while the member ran; "full": dumped in the barrier.
+	// "wp-async" or "soft-dirty": pre-copied while the member ran, by userfaultfd
+	// write protection or by CRIU's own pre-dump; "full": dumped in the barrier.
 	Engine string `protobuf:"bytes,1,opt,name=engine,proto3" json:"engine,omitempty"`
 	// why the engine is "full".
 	Why string `protobuf:"bytes,2,opt,name=why,proto3" json:"why,omitempty"`
@@ -921,14 +1060,26 @@ type Memory struct {
 	BarrierBytes   uint64 `protobuf:"varint,6,opt,name=barrier_bytes,json=barrierBytes,proto3" json:"barrier_bytes,omitempty"`
 	PrecopiedBytes uint64 `protobuf:"varint,7,opt,name=precopied_bytes,json=precopiedBytes,proto3" json:"precopied_bytes,omitempty"`
 	// processes that could not be tracked.
-	Untracked     uint32 `protobuf:"varint,8,opt,name=untracked,proto3" json:"untracked,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Untracked uint32 `protobuf:"varint,8,opt,name=untracked,proto3" json:"untracked,omitempty"`
+	// how it was found out what did not change since the parent epoch: "tracking"
+	// or "content"; empty where the checkpoint is full. full_why says why it is where a
+	// parent was named.
+	Increment string `protobuf:"bytes,9,opt,name=increment,proto3" json:"increment,omitempty"`
+	FullWhy   string `protobuf:"bytes,10,opt,name=full_why,json=fullWhy,proto3" json:"full_why,omitempty"`
+	// bytes that are the parent epoch's.
+	ParentBytes uint64 `protobuf:"varint,11,opt,name=parent_bytes,json=parentBytes,proto3" json:"parent_bytes,omitempty"`
+	// shared memory: bytes that were pre-copied, bytes that had to be taken in the
+	// barrier, and why.
+	SharedPrecopiedBytes uint64   `protobuf:"varint,12,opt,name=shared_precopied_bytes,json=sharedPrecopiedBytes,proto3" json:"shared_precopied_bytes,omitempty"`
+	SharedBarrierBytes   uint64   `protobuf:"varint,13,opt,name=shared_barrier_bytes,json=sharedBarrierBytes,proto3" json:"shared_barrier_bytes,omitempty"`
+	SharedWhy            []string `protobuf:"bytes,14,rep,name=shared_why,json=sharedWhy,proto3" json:"shared_why,omitempty"`
+	unknownFields        protoimpl.UnknownFields
+	sizeCache            protoimpl.SizeCache
 }
 
 func (x *Memory) Reset() {
 	*x = Memory{}
-	mi := &file_member_v1_member_proto_msgTypes[12]
+	mi := &file_member_v1_member_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -940,7 +1091,7 @@ func (x *Memory) String() string {
 func (*Memory) ProtoMessage() {}
 
 func (x *Memory) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[12]
+	mi := &file_member_v1_member_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -953,7 +1104,7 @@ func (x *Memory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Memory.ProtoReflect.Descriptor instead.
 func (*Memory) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{12}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *Memory) GetEngine() string {
@@ -1012,6 +1163,48 @@ func (x *Memory) GetUntracked() uint32 {
 	return 0
 }
 
+func (x *Memory) GetIncrement() string {
+	if x != nil {
+		return x.Increment
+	}
+	return ""
+}
+
+func (x *Memory) GetFullWhy() string {
+	if x != nil {
+		return x.FullWhy
+	}
+	return ""
+}
+
+func (x *Memory) GetParentBytes() uint64 {
+	if x != nil {
+		return x.ParentBytes
+	}
+	return 0
+}
+
+func (x *Memory) GetSharedPrecopiedBytes() uint64 {
+	if x != nil {
+		return x.SharedPrecopiedBytes
+	}
+	return 0
+}
+
+func (x *Memory) GetSharedBarrierBytes() uint64 {
+	if x != nil {
+		return x.SharedBarrierBytes
+	}
+	return 0
+}
+
+func (x *Memory) GetSharedWhy() []string {
+	if x != nil {
+		return x.SharedWhy
+	}
+	return nil
+}
+
 type RestoreRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1023,7 +1216,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_member_v1_member_proto_msgTypes[13]
+	mi := &file_member_v1_member_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1035,7 +1228,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[13]
+	mi := &file_member_v1_member_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1048,7 +1241,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{13}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *RestoreRequest) GetId() string {
@@ -1084,7 +1277,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[14]
+	mi := &file_member_v1_member_proto_msgTypes[15]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1096,7 +1289,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[14]
+	mi := &file_member_v1_member_proto_msgTypes[15]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1109,7 +1302,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{14}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{15}
 }
 
 func (x *RestoreResponse) GetPid() int32 {
@@ -1130,16 +1323,17 @@ var File_member_v1_member_proto protoreflect.FileDescriptor
 
 const file_member_v1_member_proto_rawDesc = "" +
 	"\n" +
-	"\x16member/v1/member.proto\x12\x10cohort.member.v1\" \n" +
+	"\x16member/v1/member.proto\x12\x10cohort.member.v1\"8\n" +
 	"\x0eInspectRequest\x12\x0e\n" +
-	"\x02id\x18\x01 \x01(\tR\x02id\"\x91\x01\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06engine\x18\x02 \x01(\tR\x06engine\"\x91\x01\n" +
 	"\aProcess\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x15\n" +
 	"\x06ns_pid\x18\x02 \x01(\x05R\x05nsPid\x12\x12\n" +
 	"\x04ppid\x18\x03 \x01(\x05R\x04ppid\x12\x12\n" +
 	"\x04comm\x18\x04 \x01(\tR\x04comm\x12\x18\n" +
 	"\athreads\x18\x05 \x01(\rR\athreads\x12\x1b\n" +
-	"\trss_bytes\x18\x06 \x01(\x04R\brssBytes\"\xa0\x04\n" +
+	"\trss_bytes\x18\x06 \x01(\x04R\brssBytes\"\x96\x05\n" +
 	"\x0fInspectResponse\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
 	"\x06bundle\x18\x02 \x01(\tR\x06bundle\x12\x16\n" +
@@ -1159,7 +1353,10 @@ const file_member_v1_member_proto_rawDesc = "" +
 	"\x05epoch\x18\x0e \x01(\tR\x05epoch\x12\x19\n" +
 	"\bshim_pid\x18\x0f \x01(\x05R\ashimPid\x12\x16\n" +
 	"\x06rootfs\x18\x10 \x01(\tR\x06rootfs\x123\n" +
-	"\aforeign\x18\x11 \x03(\v2\x19.cohort.member.v1.ProcessR\aforeign\"\xae\x02\n" +
+	"\aforeign\x18\x11 \x03(\v2\x19.cohort.member.v1.ProcessR\aforeign\x12#\n" +
+	"\rmemory_engine\x18\x12 \x01(\tR\fmemoryEngine\x12*\n" +
+	"\x11memory_engine_why\x18\x13 \x01(\tR\x0fmemoryEngineWhy\x12#\n" +
+	"\rtracked_epoch\x18\x14 \x01(\tR\ftrackedEpoch\"\x9d\x03\n" +
 	"\x0ePrepareRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x19\n" +
@@ -1172,7 +1369,15 @@ const file_member_v1_member_proto_rawDesc = "" +
 	"\fimage_digest\x18\t \x01(\tR\vimageDigest\x12\x19\n" +
 	"\bchain_id\x18\n" +
 	" \x01(\tR\achainId\x12&\n" +
-	"\x0fcreated_unix_ns\x18\v \x01(\x03R\rcreatedUnixNs\"P\n" +
+	"\x0fcreated_unix_ns\x18\v \x01(\x03R\rcreatedUnixNs\x120\n" +
+	"\x06parent\x18\f \x01(\v2\x18.cohort.member.v1.ParentR\x06parent\x12#\n" +
+	"\rkeep_tracking\x18\r \x01(\bR\fkeepTracking\x12\x16\n" +
+	"\x06engine\x18\x0e \x01(\tR\x06engine\"p\n" +
+	"\x06Parent\x12\x14\n" +
+	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x16\n" +
+	"\x06number\x18\x02 \x01(\x04R\x06number\x12 \n" +
+	"\vcheckpoints\x18\x03 \x03(\tR\vcheckpoints\x12\x16\n" +
+	"\x06uppers\x18\x04 \x03(\tR\x06uppers\"P\n" +
 	"\x0fPrepareResponse\x12\x1f\n" +
 	"\vcapture_dir\x18\x01 \x01(\tR\n" +
 	"captureDir\x12\x1c\n" +
@@ -1203,7 +1408,7 @@ const file_member_v1_member_proto_rawDesc = "" +
 	"\x06fs_dir\x18\x03 \x01(\tR\x05fsDir\x12%\n" +
 	"\x0echeckpoint_dir\x18\x04 \x01(\tR\rcheckpointDir\x12\x18\n" +
 	"\acapture\x18\x05 \x01(\tR\acapture\x120\n" +
-	"\x06memory\x18\x06 \x01(\v2\x18.cohort.member.v1.MemoryR\x06memory\"\xeb\x01\n" +
+	"\x06memory\x18\x06 \x01(\v2\x18.cohort.member.v1.MemoryR\x06memory\"\xce\x03\n" +
 	"\x06Memory\x12\x16\n" +
 	"\x06engine\x18\x01 \x01(\tR\x06engine\x12\x10\n" +
 	"\x03why\x18\x02 \x01(\tR\x03why\x12\x16\n" +
@@ -1212,7 +1417,15 @@ const file_member_v1_member_proto_rawDesc = "" +
 	"\x03end\x18\x05 \x01(\tR\x03end\x12#\n" +
 	"\rbarrier_bytes\x18\x06 \x01(\x04R\fbarrierBytes\x12'\n" +
 	"\x0fprecopied_bytes\x18\a \x01(\x04R\x0eprecopiedBytes\x12\x1c\n" +
-	"\tuntracked\x18\b \x01(\rR\tuntracked\"Q\n" +
+	"\tuntracked\x18\b \x01(\rR\tuntracked\x12\x1c\n" +
+	"\tincrement\x18\t \x01(\tR\tincrement\x12\x19\n" +
+	"\bfull_why\x18\n" +
+	" \x01(\tR\afullWhy\x12!\n" +
+	"\fparent_bytes\x18\v \x01(\x04R\vparentBytes\x124\n" +
+	"\x16shared_precopied_bytes\x18\f \x01(\x04R\x14sharedPrecopiedBytes\x120\n" +
+	"\x14shared_barrier_bytes\x18\r \x01(\x04R\x12sharedBarrierBytes\x12\x1d\n" +
+	"\n" +
+	"shared_why\x18\x0e \x03(\tR\tsharedWhy\"Q\n" +
 	"\x0eRestoreRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05abort\x18\x02 \x01(\bR\x05abort\x12\x19\n" +
@@ -1248,63 +1461,65 @@ func file_member_v1_member_proto_rawDescGZIP() []byte {
 	return file_member_v1_member_proto_rawDescData
 }
 
-var file_member_v1_member_proto_msgTypes = make([]protoimpl.MessageInfo, 16)
+var file_member_v1_member_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
 var file_member_v1_member_proto_goTypes = []any{
 	(*InspectRequest)(nil),  // 0: cohort.member.v1.InspectRequest
 	(*Process)(nil),         // 1: cohort.member.v1.Process
 	(*InspectResponse)(nil), // 2: cohort.member.v1.InspectResponse
 	(*PrepareRequest)(nil),  // 3: cohort.member.v1.PrepareRequest
-	(*PrepareResponse)(nil), // 4: cohort.member.v1.PrepareResponse
-	(*EpochRequest)(nil),    // 5: cohort.member.v1.EpochRequest
-	(*EpochResponse)(nil),   // 6: cohort.member.v1.EpochResponse
-	(*FreezeResponse)(nil),  // 7: cohort.member.v1.FreezeResponse
-	(*CaptureResponse)(nil), // 8: cohort.member.v1.CaptureResponse
-	(*ResumeRequest)(nil),   // 9: cohort.member.v1.ResumeRequest
-	(*ResumeResponse)(nil),  // 10: cohort.member.v1.ResumeResponse
-	(*SealResponse)(nil),    // 11: cohort.member.v1.SealResponse
-	(*Memory)(nil),          // 12: cohort.member.v1.Memory
-	(*RestoreRequest)(nil),  // 13: cohort.member.v1.RestoreRequest
-	(*RestoreResponse)(nil), // 14: cohort.member.v1.RestoreResponse
-	nil,                     // 15: cohort.member.v1.CaptureResponse.PartsNsEntry
+	(*Parent)(nil),          // 4: cohort.member.v1.Parent
+	(*PrepareResponse)(nil), // 5: cohort.member.v1.PrepareResponse
+	(*EpochRequest)(nil),    // 6: cohort.member.v1.EpochRequest
+	(*EpochResponse)(nil),   // 7: cohort.member.v1.EpochResponse
+	(*FreezeResponse)(nil),  // 8: cohort.member.v1.FreezeResponse
+	(*CaptureResponse)(nil), // 9: cohort.member.v1.CaptureResponse
+	(*ResumeRequest)(nil),   // 10: cohort.member.v1.ResumeRequest
+	(*ResumeResponse)(nil),  // 11: cohort.member.v1.ResumeResponse
+	(*SealResponse)(nil),    // 12: cohort.member.v1.SealResponse
+	(*Memory)(nil),          // 13: cohort.member.v1.Memory
+	(*RestoreRequest)(nil),  // 14: cohort.member.v1.RestoreRequest
+	(*RestoreResponse)(nil), // 15: cohort.member.v1.RestoreResponse
+	nil,                     // 16: cohort.member.v1.CaptureResponse.PartsNsEntry
 }
 var file_member_v1_member_proto_depIdxs = []int32{
 	1,  // 0: cohort.member.v1.InspectResponse.processes:type_name -> cohort.member.v1.Process
 	1,  // 1: cohort.member.v1.InspectResponse.foreign:type_name -> cohort.member.v1.Process
-	15, // 2: cohort.member.v1.CaptureResponse.parts_ns:type_name -> cohort.member.v1.CaptureResponse.PartsNsEntry
-	12, // 3: cohort.member.v1.SealResponse.memory:type_name -> cohort.member.v1.Memory
-	0,  // 4: cohort.member.v1.Member.Inspect:input_type -> cohort.member.v1.InspectRequest
-	3,  // 5: cohort.member.v1.Member.Prepare:input_type -> cohort.member.v1.PrepareRequest
-	5,  // 6: cohort.member.v1.Member.Freeze:input_type -> cohort.member.v1.EpochRequest
-	5,  // 7: cohort.member.v1.Member.Lock:input_type -> cohort.member.v1.EpochRequest
-	5,  // 8: cohort.member.v1.Member.Capture:input_type -> cohort.member.v1.EpochRequest
-	5,  // 9: cohort.member.v1.Member.Unlock:input_type -> cohort.member.v1.EpochRequest
-	9,  // 10: cohort.member.v1.Member.Resume:input_type -> cohort.member.v1.ResumeRequest
-	5,  // 11: cohort.member.v1.Member.Seal:input_type -> cohort.member.v1.EpochRequest
-	5,  // 12: cohort.member.v1.Member.Finish:input_type -> cohort.member.v1.EpochRequest
-	5,  // 13: cohort.member.v1.Member.Abort:input_type -> cohort.member.v1.EpochRequest
-	5,  // 14: cohort.member.v1.Member.Renew:input_type -> cohort.member.v1.EpochRequest
-	13, // 15: cohort.member.v1.Member.AwaitRestored:input_type -> cohort.member.v1.RestoreRequest
-	13, // 16: cohort.member.v1.Member.ReleaseRestored:input_type -> cohort.member.v1.RestoreRequest
-	13, // 17: cohort.member.v1.Member.OpenRestored:input_type -> cohort.member.v1.RestoreRequest
-	2,  // 18: cohort.member.v1.Member.Inspect:output_type -> cohort.member.v1.InspectResponse
-	4,  // 19: cohort.member.v1.Member.Prepare:output_type -> cohort.member.v1.PrepareResponse
-	7,  // 20: cohort.member.v1.Member.Freeze:output_type -> cohort.member.v1.FreezeResponse
-	6,  // 21: cohort.member.v1.Member.Lock:output_type -> cohort.member.v1.EpochResponse
-	8,  // 22: cohort.member.v1.Member.Capture:output_type -> cohort.member.v1.CaptureResponse
-	6,  // 23: cohort.member.v1.Member.Unlock:output_type -> cohort.member.v1.EpochResponse
-	10, // 24: cohort.member.v1.Member.Resume:output_type -> cohort.member.v1.ResumeResponse
-	11, // 25: cohort.member.v1.Member.Seal:output_type -> cohort.member.v1.SealResponse
-	6,  // 26: cohort.member.v1.Member.Finish:output_type -> cohort.member.v1.EpochResponse
-	6,  // 27: cohort.member.v1.Member.Abort:output_type -> cohort.member.v1.EpochResponse
-	6,  // 28: cohort.member.v1.Member.Renew:output_type -> cohort.member.v1.EpochResponse
-	14, // 29: cohort.member.v1.Member.AwaitRestored:output_type -> cohort.member.v1.RestoreResponse
-	14, // 30: cohort.member.v1.Member.ReleaseRestored:output_type -> cohort.member.v1.RestoreResponse
-	14, // 31: cohort.member.v1.Member.OpenRestored:output_type -> cohort.member.v1.RestoreResponse
-	18, // [18:32] is the sub-list for method output_type
-	4,  // [4:18] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	4,  // 2: cohort.member.v1.PrepareRequest.parent:type_name -> cohort.member.v1.Parent
+	16, // 3: cohort.member.v1.CaptureResponse.parts_ns:type_name -> cohort.member.v1.CaptureResponse.PartsNsEntry
+	13, // 4: cohort.member.v1.SealResponse.memory:type_name -> cohort.member.v1.Memory
+	0,  // 5: cohort.member.v1.Member.Inspect:input_type -> cohort.member.v1.InspectRequest
+	3,  // 6: cohort.member.v1.Member.Prepare:input_type -> cohort.member.v1.PrepareRequest
+	6,  // 7: cohort.member.v1.Member.Freeze:input_type -> cohort.member.v1.EpochRequest
+	6,  // 8: cohort.member.v1.Member.Lock:input_type -> cohort.member.v1.EpochRequest
+	6,  // 9: cohort.member.v1.Member.Capture:input_type -> cohort.member.v1.EpochRequest
+	6,  // 10: cohort.member.v1.Member.Unlock:input_type -> cohort.member.v1.EpochRequest
+	10, // 11: cohort.member.v1.Member.Resume:input_type -> cohort.member.v1.ResumeRequest
+	6,  // 12: cohort.member.v1.Member.Seal:input_type -> cohort.member.v1.EpochRequest
+	6,  // 13: cohort.member.v1.Member.Finish:input_type -> cohort.member.v1.EpochRequest
+	6,  // 14: cohort.member.v1.Member.Abort:input_type -> cohort.member.v1.EpochRequest
+	6,  // 15: cohort.member.v1.Member.Renew:input_type -> cohort.member.v1.EpochRequest
+	14, // 16: cohort.member.v1.Member.AwaitRestored:input_type -> cohort.member.v1.RestoreRequest
+	14, // 17: cohort.member.v1.Member.ReleaseRestored:input_type -> cohort.member.v1.RestoreRequest
+	14, // 18: cohort.member.v1.Member.OpenRestored:input_type -> cohort.member.v1.RestoreRequest
+	2,  // 19: cohort.member.v1.Member.Inspect:output_type -> cohort.member.v1.InspectResponse
+	5,  // 20: cohort.member.v1.Member.Prepare:output_type -> cohort.member.v1.PrepareResponse
+	8,  // 21: cohort.member.v1.Member.Freeze:output_type -> cohort.member.v1.FreezeResponse
+	7,  // 22: cohort.member.v1.Member.Lock:output_type -> cohort.member.v1.EpochResponse
+	9,  // 23: cohort.member.v1.Member.Capture:output_type -> cohort.member.v1.CaptureResponse
+	7,  // 24: cohort.member.v1.Member.Unlock:output_type -> cohort.member.v1.EpochResponse
+	11, // 25: cohort.member.v1.Member.Resume:output_type -> cohort.member.v1.ResumeResponse
+	12, // 26: cohort.member.v1.Member.Seal:output_type -> cohort.member.v1.SealResponse
+	7,  // 27: cohort.member.v1.Member.Finish:output_type -> cohort.member.v1.EpochResponse
+	7,  // 28: cohort.member.v1.Member.Abort:output_type -> cohort.member.v1.EpochResponse
+	7,  // 29: cohort.member.v1.Member.Renew:output_type -> cohort.member.v1.EpochResponse
+	15, // 30: cohort.member.v1.Member.AwaitRestored:output_type -> cohort.member.v1.RestoreResponse
+	15, // 31: cohort.member.v1.Member.ReleaseRestored:output_type -> cohort.member.v1.RestoreResponse
+	15, // 32: cohort.member.v1.Member.OpenRestored:output_type -> cohort.member.v1.RestoreResponse
+	19, // [19:33] is the sub-list for method output_type
+	5,  // [5:19] is the sub-list for method input_type
+	5,  // [5:5] is the sub-list for extension type_name
+	5,  // [5:5] is the sub-list for extension extendee
+	0,  // [0:5] is the sub-list for field type_name
 }
 
 func init() { file_member_v1_member_proto_init() }
@@ -1318,7 +1533,7 @@ func file_member_v1_member_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_member_v1_member_proto_rawDesc), len(file_member_v1_member_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   16,
+			NumMessages:   17,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -271,20 +271,85 @@ func (x *TakeResponse) GetTookNs() int64 {
 	return 0
 }
 
+type SealRequest struct {
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Id      string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	LeaseMs uint32                 `protobuf:"varint,2,opt,name=lease_ms,json=leaseMs,proto3" json:"lease_ms,omitempty"`
+	// uppers are captured writable layers of the same container in overlay
+	// format, newest first, each holding what changed since the next. Where they
+	// are given, the capture's fs keeps only what changed since the newest.
+	Uppers        []string `protobuf:"bytes,3,rep,name=uppers,proto3" json:"uppers,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SealRequest) Reset() {
+	*x = SealRequest{}
+	mi := &file_storage_v1_storage_proto_msgTypes[5]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SealRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SealRequest) ProtoMessage() {}
+
+func (x *SealRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_storage_v1_storage_proto_msgTypes[5]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SealRequest.ProtoReflect.Descriptor instead.
+func (*SealRequest) Descriptor() ([]byte, []int) {
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{5}
+}
+
+func (x *SealRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *SealRequest) GetLeaseMs() uint32 {
+	if x != nil {
+		return x.LeaseMs
+	}
+	return 0
+}
+
+func (x *SealRequest) GetUppers() []string {
+	if x != nil {
+		return x.Uppers
+	}
+	return nil
+}
+
 type SealResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// directory with the captured upper layer, in overlay format.
 	FsDir         string `protobuf:"bytes,1,opt,name=fs_dir,json=fsDir,proto3" json:"fs_dir,omitempty"`
 	CheckpointDir string `protobuf:"bytes,2,opt,name=checkpoint_dir,json=checkpointDir,proto3" json:"checkpoint_dir,omitempty"`
 	// bytes of regular files in fs_dir.
-	StorageBytes  uint64 `protobuf:"varint,3,opt,name=storage_bytes,json=storageBytes,proto3" json:"storage_bytes,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	StorageBytes uint64 `protobuf:"varint,3,opt,name=storage_bytes,json=storageBytes,proto3" json:"storage_bytes,omitempty"`
+	// bytes of regular files that are unchanged in the uppers, and left there.
+	UnchangedBytes uint64 `protobuf:"varint,4,opt,name=unchanged_bytes,json=unchangedBytes,proto3" json:"unchanged_bytes,omitempty"`
+	unknownFields  protoimpl.UnknownFields
+	sizeCache      protoimpl.SizeCache
 }
 
 func (x *SealResponse) Reset() {
 	*x = SealResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[5]
+	mi := &file_storage_v1_storage_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -296,7 +361,7 @@ func (x *SealResponse) String() string {
 func (*SealResponse) ProtoMessage() {}
 
 func (x *SealResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[5]
+	mi := &file_storage_v1_storage_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -309,7 +374,7 @@ func (x *SealResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealResponse.ProtoReflect.Descriptor instead.
 func (*SealResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{5}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *SealResponse) GetFsDir() string {
@@ -333,6 +398,13 @@ func (x *SealResponse) GetStorageBytes() uint64 {
 	return 0
 }
 
+func (x *SealResponse) GetUnchangedBytes() uint64 {
+	if x != nil {
+		return x.UnchangedBytes
+	}
+	return 0
+}
+
 type Capture struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -346,7 +418,7 @@ type Capture struct {
 
 func (x *Capture) Reset() {
 	*x = Capture{}
-	mi := &file_storage_v1_storage_proto_msgTypes[6]
+	mi := &file_storage_v1_storage_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -358,7 +430,7 @@ func (x *Capture) String() string {
 func (*Capture) ProtoMessage() {}
 
 func (x *Capture) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[6]
+	mi := &file_storage_v1_storage_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -371,7 +443,7 @@ func (x *Capture) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Capture.ProtoReflect.Descriptor instead.
 func (*Capture) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{6}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *Capture) GetId() string {
@@ -411,7 +483,7 @@ type ListResponse struct {
 
 func (x *ListResponse) Reset() {
 	*x = ListResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[7]
+	mi := &file_storage_v1_storage_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -423,7 +495,7 @@ func (x *ListResponse) String() string {
 func (*ListResponse) ProtoMessage() {}
 
 func (x *ListResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[7]
+	mi := &file_storage_v1_storage_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -436,7 +508,7 @@ func (x *ListResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListResponse.ProtoReflect.Descriptor instead.
 func (*ListResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{7}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *ListResponse) GetCaptures() []*Capture {
@@ -461,7 +533,7 @@ type InfoResponse struct {
 
 func (x *InfoResponse) Reset() {
 	*x = InfoResponse{}
-	mi := &file_storage_v1_storage_proto_msgTypes[8]
+	mi := &file_storage_v1_storage_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -473,7 +545,7 @@ func (x *InfoResponse) String() string {
 func (*InfoResponse) ProtoMessage() {}
 
 func (x *InfoResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_storage_v1_storage_proto_msgTypes[8]
+	mi := &file_storage_v1_storage_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -486,7 +558,7 @@ func (x *InfoResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use InfoResponse.ProtoReflect.Descriptor instead.
 func (*InfoResponse) Descriptor() ([]byte, []int) {
-	return file_storage_v1_storage_proto_rawDescGZIP(), []int{8}
+	return file_storage_v1_storage_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *InfoResponse) GetBackend() string {
@@ -544,11 +616,16 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x19\n" +
 	"\blease_ms\x18\x02 \x01(\rR\aleaseMs\"'\n" +
 	"\fTakeResponse\x12\x17\n" +
-	"\atook_ns\x18\x01 \x01(\x03R\x06tookNs\"q\n" +
+	"\atook_ns\x18\x01 \x01(\x03R\x06tookNs\"P\n" +
+	"\vSealRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x19\n" +
+	"\blease_ms\x18\x02 \x01(\rR\aleaseMs\x12\x16\n" +
+	"\x06uppers\x18\x03 \x03(\tR\x06uppers\"\x9a\x01\n" +
 	"\fSealResponse\x12\x15\n" +
 	"\x06fs_dir\x18\x01 \x01(\tR\x05fsDir\x12%\n" +
 	"\x0echeckpoint_dir\x18\x02 \x01(\tR\rcheckpointDir\x12#\n" +
-	"\rstorage_bytes\x18\x03 \x01(\x04R\fstorageBytes\"\xbc\x01\n" +
+	"\rstorage_bytes\x18\x03 \x01(\x04R\fstorageBytes\x12'\n" +
+	"\x0funchanged_bytes\x18\x04 \x01(\x04R\x0eunchangedBytes\"\xbc\x01\n" +
 	"\aCapture\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05state\x18\x02 \x01(\tR\x05state\x12>\n" +
@@ -565,11 +642,11 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"free_bytes\x18\x03 \x01(\x04R\tfreeBytes\x12\x18\n" +
 	"\aversion\x18\x04 \x01(\tR\aversion\x12/\n" +
-	"\x13snapshotter_address\x18\x05 \x01(\tR\x12snapshotterAddress2\xfe\x03\n" +
+	"\x13snapshotter_address\x18\x05 \x01(\tR\x12snapshotterAddress2\xfb\x03\n" +
 	"\aStorage\x12G\n" +
 	"\x04Open\x12\x1e.cohort.storage.v1.OpenRequest\x1a\x1f.cohort.storage.v1.OpenResponse\x12J\n" +
-	"\x04Take\x12!.cohort.storage.v1.CaptureRequest\x1a\x1f.cohort.storage.v1.TakeResponse\x12J\n" +
-	"\x04Seal\x12!.cohort.storage.v1.CaptureRequest\x1a\x1f.cohort.storage.v1.SealResponse\x12F\n" +
+	"\x04Take\x12!.cohort.storage.v1.CaptureRequest\x1a\x1f.cohort.storage.v1.TakeResponse\x12G\n" +
+	"\x04Seal\x12\x1e.cohort.storage.v1.SealRequest\x1a\x1f.cohort.storage.v1.SealResponse\x12F\n" +
 	"\aDiscard\x12!.cohort.storage.v1.CaptureRequest\x1a\x18.cohort.storage.v1.Empty\x12D\n" +
 	"\x05Renew\x12!.cohort.storage.v1.CaptureRequest\x1a\x18.cohort.storage.v1.Empty\x12A\n" +
 	"\x04List\x12\x18.cohort.storage.v1.Empty\x1a\x1f.cohort.storage.v1.ListResponse\x12A\n" +
@@ -587,38 +664,39 @@ func file_storage_v1_storage_proto_rawDescGZIP() []byte {
 	return file_storage_v1_storage_proto_rawDescData
 }
 
-var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 11)
+var file_storage_v1_storage_proto_msgTypes = make([]protoimpl.MessageInfo, 12)
 var file_storage_v1_storage_proto_goTypes = []any{
 	(*Empty)(nil),          // 0: cohort.storage.v1.Empty
 	(*OpenRequest)(nil),    // 1: cohort.storage.v1.OpenRequest
 	(*OpenResponse)(nil),   // 2: cohort.storage.v1.OpenResponse
 	(*CaptureRequest)(nil), // 3: cohort.storage.v1.CaptureRequest
 	(*TakeResponse)(nil),   // 4: cohort.storage.v1.TakeResponse
-	(*SealResponse)(nil),   // 5: cohort.storage.v1.SealResponse
-	(*Capture)(nil),        // 6: cohort.storage.v1.Capture
-	(*ListResponse)(nil),   // 7: cohort.storage.v1.ListResponse
-	(*InfoResponse)(nil),   // 8: cohort.storage.v1.InfoResponse
-	nil,                    // 9: cohort.storage.v1.OpenRequest.LabelsEntry
-	nil,                    // 10: cohort.storage.v1.Capture.LabelsEntry
+	(*SealRequest)(nil),    // 5: cohort.storage.v1.SealRequest
+	(*SealResponse)(nil),   // 6: cohort.storage.v1.SealResponse
+	(*Capture)(nil),        // 7: cohort.storage.v1.Capture
+	(*ListResponse)(nil),   // 8: cohort.storage.v1.ListResponse
+	(*InfoResponse)(nil),   // 9: cohort.storage.v1.InfoResponse
+	nil,                    // 10: cohort.storage.v1.OpenRequest.LabelsEntry
+	nil,                    // 11: cohort.storage.v1.Capture.LabelsEntry
 }
 var file_storage_v1_storage_proto_depIdxs = []int32{
-	9,  // 0: cohort.storage.v1.OpenRequest.labels:type_name -> cohort.storage.v1.OpenRequest.LabelsEntry
-	10, // 1: cohort.storage.v1.Capture.labels:type_name -> cohort.storage.v1.Capture.LabelsEntry
-	6,  // 2: cohort.storage.v1.ListResponse.captures:type_name -> cohort.storage.v1.Capture
+	10, // 0: cohort.storage.v1.OpenRequest.labels:type_name -> cohort.storage.v1.OpenRequest.LabelsEntry
+	11, // 1: cohort.storage.v1.Capture.labels:type_name -> cohort.storage.v1.Capture.LabelsEntry
+	7,  // 2: cohort.storage.v1.ListResponse.captures:type_name -> cohort.storage.v1.Capture
 	1,  // 3: cohort.storage.v1.Storage.Open:input_type -> cohort.storage.v1.OpenRequest
 	3,  // 4: cohort.storage.v1.Storage.Take:input_type -> cohort.storage.v1.CaptureRequest
-	3,  // 5: cohort.storage.v1.Storage.Seal:input_type -> cohort.storage.v1.CaptureRequest
+	5,  // 5: cohort.storage.v1.Storage.Seal:input_type -> cohort.storage.v1.SealRequest
 	3,  // 6: cohort.storage.v1.Storage.Discard:input_type -> cohort.storage.v1.CaptureRequest
 	3,  // 7: cohort.storage.v1.Storage.Renew:input_type -> cohort.storage.v1.CaptureRequest
 	0,  // 8: cohort.storage.v1.Storage.List:input_type -> cohort.storage.v1.Empty
 	0,  // 9: cohort.storage.v1.Storage.Info:input_type -> cohort.storage.v1.Empty
 	2,  // 10: cohort.storage.v1.Storage.Open:output_type -> cohort.storage.v1.OpenResponse
 	4,  // 11: cohort.storage.v1.Storage.Take:output_type -> cohort.storage.v1.TakeResponse
-	5,  // 12: cohort.storage.v1.Storage.Seal:output_type -> cohort.storage.v1.SealResponse
+	6,  // 12: cohort.storage.v1.Storage.Seal:output_type -> cohort.storage.v1.SealResponse
 	0,  // 13: cohort.storage.v1.Storage.Discard:output_type -> cohort.storage.v1.Empty
 	0,  // 14: cohort.storage.v1.Storage.Renew:output_type -> cohort.storage.v1.Empty
-	7,  // 15: cohort.storage.v1.Storage.List:output_type -> cohort.storage.v1.ListResponse
-	8,  // 16: cohort.storage.v1.Storage.Info:output_type -> cohort.storage.v1.InfoResponse
+	8,  // 15: cohort.storage.v1.Storage.List:output_type -> cohort.storage.v1.ListResponse
+	9,  // 16: cohort.storage.v1.Storage.Info:output_type -> cohort.storage.v1.InfoResponse
 	10, // [10:17] is the sub-list for method output_type
 	3,  // [3:10] is the sub-list for method input_type
 	3,  // [3:3] is the sub-list for extension type_name
@@ -637,7 +715,7 @@ func file_storage_v1_storage_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_storage_v1_storage_proto_rawDesc), len(file_storage_v1_storage_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   11,
+			NumMessages:   12,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

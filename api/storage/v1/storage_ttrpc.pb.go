@@ -10,7 +10,7 @@ import (
 type StorageService interface {
 	Open(context.Context, *OpenRequest) (*OpenResponse, error)
 	Take(context.Context, *CaptureRequest) (*TakeResponse, error)
-	Seal(context.Context, *CaptureRequest) (*SealResponse, error)
+	Seal(context.Context, *SealRequest) (*SealResponse, error)
 	Discard(context.Context, *CaptureRequest) (*Empty, error)
 	Renew(context.Context, *CaptureRequest) (*Empty, error)
 	List(context.Context, *Empty) (*ListResponse, error)
@@ -35,7 +35,7 @@ func RegisterStorageService(srv *ttrpc.Server, svc StorageService) {
 				return svc.Take(ctx, &req)
 			},
 			"Seal": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
-				var req CaptureRequest
+				var req SealRequest
 				if err := unmarshal(&req); err != nil {
 					return nil, err
 				}
@@ -99,7 +99,7 @@ func (c *storageClient) Take(ctx context.Context, req *CaptureRequest) (*TakeRes
 	return &resp, nil
 }
 
-func (c *storageClient) Seal(ctx context.Context, req *CaptureRequest) (*SealResponse, error) {
+func (c *storageClient) Seal(ctx context.Context, req *SealRequest) (*SealResponse, error) {
 	var resp SealResponse
 	if err := c.client.Call(ctx, "cohort.storage.v1.Storage", "Seal", req, &resp); err != nil {
 		return nil, err
