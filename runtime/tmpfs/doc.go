@@ -9,5 +9,10 @@
 // process, in a fraction of a millisecond where there is next to nothing, and
 // [Mount] makes it again before a restore, for CRIU to bind to its place.
 //
+// Large files are copied while the container runs ([Precopy]), and in the barrier
+// only compared with their copy: writes through a mapping leave no trace on a tmpfs
+// that could be asked for. What the archive takes from the copy is put into it when
+// the container runs again.
+//
 // Only plain mounts are taken (see [List]); others stay CRIU's.
 package tmpfs

@@ -40,14 +40,9 @@ var kept = []string{"size", "mode", "uid", "gid", "nr_inodes", "nr_blocks", "hug
 // List finds the tmpfs mounts of the mount namespace of pid whose content can be
 // carried: mounted whole, in one place only, and not as the root.
 func List(pid int) ([]FS, error) {
-	f, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	mounts, err := mountsOf(pid)
 	if err != nil {
 		return nil, err
-	}
-	defer f.Close()
-	mounts, err := mountinfo.GetMountsFromReader(f, nil)
-	if err != nil {
-		return nil, fmt.Errorf("read the mounts of process %d: %w", pid, err)
 	}
 	uses := map[[2]int]int{}
 	points := map[string]int{}
@@ -73,6 +68,19 @@ func List(pid int) ([]FS, error) {
 		})
 	}
 	return out, nil
+}
+
+func mountsOf(pid int) ([]*mountinfo.Info, error) {
+	f, err := os.Open(fmt.Sprintf("/proc/%d/mountinfo", pid))
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	mounts, err := mountinfo.GetMountsFromReader(f, nil)
+	if err != nil {
+		return nil, fmt.Errorf("read the mounts of process %d: %w", pid, err)
+	}
+	return mounts, nil
 }
 
 // Validate refuses a description that did not come from List: it is read out of
@@ -102,22 +110,28 @@ const inMemory = 32 << 20
 type Contents struct {
 	path   string
 	memory *bytes.Buffer
+	later  *splicer // what of it is not in memory
+	image  bool     // fills an image of CRIU's, see Images
 }
 
 // Archive reads the content of a tmpfs of the container whose init is pid, for a
-// file in dir. The container is frozen.
-func Archive(pid int, f FS, dir string) (_ *Contents, err error) {
-	c := &Contents{path: filepath.Join(dir, f.File)}
-	root := filepath.Join(fmt.Sprintf("/proc/%d/root", pid), f.Destination)
-	var st unix.Statfs_t
-	if err := unix.Statfs(root, &st); err != nil {
+// file in dir; large files it leaves to earlier, which Take has brought up to date.
+// The container is frozen.
+func Archive(pid int, f FS, dir string, earlier *Copy) (*Contents, error) {
+	c := &Contents{path: filepath.Join(dir, f.File), image: strings.HasSuffix(f.File, imageSuffix)}
+	root := rootOf(pid, f)
+	used, err := usedBytes(root)
+	if err != nil {
 		return nil, fmt.Errorf("archive the tmpfs at %s: %w", f.Destination, err)
 	}
-	if used := (st.Blocks - st.Bfree) * uint64(st.Bsize); used <= inMemory {
+	if used <= inMemory+earlier.size() || c.image {
 		c.memory = &bytes.Buffer{}
-		err = writeTree(c.memory, root)
+		if !c.image {
+			c.later = &splicer{copy: earlier, into: c.memory}
+		}
+		err = writeTree(c.memory, root, c.later, c.image)
 	} else {
-		err = c.writeFile(func(w io.Writer) error { return writeTree(w, root) })
+		err = c.writeFile(func(w io.Writer) error { return writeTree(w, root, nil, false) })
 	}
 	if err != nil {
 		return nil, fmt.Errorf("archive the tmpfs at %s: %w", f.Destination, err)
@@ -125,14 +139,29 @@ func Archive(pid int, f FS, dir string) (_ *Contents, err error) {
 	return c, nil
 }
 
+func rootOf(pid int, f FS) string {
+	return filepath.Join(fmt.Sprintf("/proc/%d/root", pid), f.Destination)
+}
+
+// usedBytes is how much the tmpfs at root holds.
+func usedBytes(root string) (uint64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(root, &st); err != nil {
+		return 0, err
+	}
+	return (st.Blocks - st.Bfree) * uint64(st.Bsize), nil
+}
+
 // Save puts the archive into its file, unless it is there.
-func (c *Contents) Save() error {
+func (c *Contents) Save(ctx context.Context) error {
 	if c.memory == nil {
 		return nil
 	}
+	if c.image {
+		return c.fillImage()
+	}
 	err := c.writeFile(func(w io.Writer) error {
-		_, err := w.Write(c.memory.Bytes())
-		return err
+		return c.later.write(ctx, w)
 	})
 	if err == nil {
 		c.memory = nil
@@ -150,8 +179,8 @@ func (c *Contents) writeFile(write func(io.Writer) error) error {
 }
 
 // writeTree writes what is on root's own file system. Sockets are left out: CRIU
-// makes them when it restores who is bound to them.
-func writeTree(w io.Writer, root string) error {
+// makes them when it restores who is bound to them. Any name will do for CRIU's images.
+func writeTree(w io.Writer, root string, later *splicer, image bool) error {
 	tw := tar.NewWriter(w)
 	var top unix.Stat_t
 	if err := unix.Stat(root, &top); err != nil {
@@ -159,6 +188,9 @@ func writeTree(w io.Writer, root string) error {
 	}
 	links := map[uint64]string{}
 	err := filepath.WalkDir(root+"/", func(path string, e fs.DirEntry, err error) error {
+		if e != nil && e.IsDir() && strings.HasPrefix(e.Name(), criuMount) {
+			return fs.SkipDir
+		}
 		if err != nil {
 			return err
 		}
@@ -167,7 +199,7 @@ func writeTree(w io.Writer, root string) error {
 			return err
 		}
 		// The image archives' marks of removal would be obeyed by the unpacking.
-		if strings.HasPrefix(e.Name(), archiveWhiteout) {
+		if !image && strings.HasPrefix(e.Name(), archiveWhiteout) {
 			return fmt.Errorf("a file is named %s: rename it", rel)
 		}
 		var st unix.Stat_t
@@ -177,10 +209,14 @@ func writeTree(w io.Writer, root string) error {
 		if st.Dev != top.Dev {
 			return mountPoint(tw, rel, &st)
 		}
-		return writeEntry(tw, path, rel, &st, links)
+		return writeEntry(tw, path, rel, &st, links, later)
 	})
 	return errors.Join(err, tw.Close())
 }
+
+// criuMount is how the names of directories begin which CRIU, dumping at the same time,
+// makes in the container's /tmp for a moment (criu/mount.c, get_clean_mnt).
+const criuMount = "cr-tmpfs."
 
 // archiveWhiteout is the prefix by which image layers mark removed files.
 const archiveWhiteout = ".wh."
@@ -196,7 +232,7 @@ func mountPoint(tw *tar.Writer, rel string, st *unix.Stat_t) error {
 	return tw.WriteHeader(&tar.Header{Typeflag: tar.TypeReg, Name: rel, Mode: 0o644})
 }
 
-func writeEntry(tw *tar.Writer, path, rel string, st *unix.Stat_t, links map[uint64]string) error {
+func writeEntry(tw *tar.Writer, path, rel string, st *unix.Stat_t, links map[uint64]string, later *splicer) error {
 	fi, err := os.Lstat(path)
 	if err != nil || fi.Mode()&fs.ModeSocket != 0 {
 		return err
@@ -220,6 +256,9 @@ func writeEntry(tw *tar.Writer, path, rel string, st *unix.Stat_t, links map[uin
 		} else {
 			links[st.Ino] = rel
 		}
+	}
+	if h.Typeflag == tar.TypeReg && later.has(st.Ino) {
+		return later.splice(tw, h, st.Ino)
 	}
 	if err := tw.WriteHeader(h); err != nil || h.Typeflag != tar.TypeReg || h.Size == 0 {
 		return err

@@ -59,13 +59,13 @@ func TestContentComesBackAsItWas(t *testing.T) {
 		t.Fatalf("%s is not in %v", src, list)
 	}
 	must(f.Validate())
-	c, err := Archive(os.Getpid(), *f, dir)
+	c, err := Archive(os.Getpid(), *f, dir, nil)
 	must(err)
 	if left, _ := os.ReadDir(dir); len(left) != 0 {
 		t.Errorf("a small archive was written to disk at once: %v", left)
 	}
-	must(c.Save())
-	must(c.Save())
+	must(c.Save(t.Context()))
+	must(c.Save(t.Context()))
 	a, err := os.Open(filepath.Join(dir, f.File))
 	must(err)
 	defer a.Close()
@@ -133,7 +133,7 @@ func TestNameThatWouldRemoveAFileIsRefused(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(src, ".wh.x"), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	err := writeTree(&strings.Builder{}, src)
+	err := writeTree(&strings.Builder{}, src, nil, false)
 	if err == nil || !strings.Contains(err.Error(), ".wh.x") {
 		t.Fatal(err)
 	}

@@ -7,9 +7,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"maps"
+	"math"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,9 +18,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrIncomplete is returned by Compose when a clean page is not in the store:
-// neither CRIU nor the store has it, and the images are not restorable.
-var ErrIncomplete = errors.New("a page that was not dumped is not in the page store either")
+// ErrIncomplete is returned when a page is in no image: neither CRIU nor the
+// store nor a checkpoint before has it, and the images are not restorable.
+var ErrIncomplete = errors.New("a page that was not dumped is neither in the page store nor in a parent checkpoint")
 
 // parentDir is CRIU's name for the images that others build on
 // (criu/include/image.h, CR_PARENT_LINK); here a directory, never a link.
@@ -43,7 +43,10 @@ type Stats struct {
 	// Moved were written once more: huge pages into CRIU's file, and pages that
 	// appeared in several rounds into the order of their addresses.
 	Moved uint64
-	// Processes is how many have pages in parents.
+	// InheritedPages are restored from the checkpoints that this one builds on.
+	InheritedPages uint64
+	// Processes is how many have pages in parents; for Dedupe, pieces of shared
+	// memory too.
 	Processes int
 }
 
@@ -64,12 +67,31 @@ func Compose(ctx context.Context, imagesDir string, store *Store, clean map[int]
 	return stats, nil
 }
 
-// ComposeOption changes how Compose works.
+// ComposeOption changes how Compose and Dedupe work.
 type ComposeOption func(*composer)
 
 // WithoutSync leaves it to the caller to make the images durable, for one who
 // calls syncfs on them anyway.
 func WithoutSync() ComposeOption { return func(c *composer) { c.noSync = true } }
+
+// WithParent makes the images build on the checkpoint that chain begins with. A
+// clean page that the store was never given is taken for what it is there, if
+// continuous says so of the process (or object, see [ObjectKey]): then everything
+// that was written since that checkpoint's barrier must have been offered to this
+// store. A process that was born or tracked anew since, or whose store was
+// forgotten or discarded in between, is not continuous. Neither is one that
+// called execve.
+//
+// Such images are restored through [Link] or [Merge], never alone: CRIU takes
+// shared memory that it does not find in a parent for zeros (criu/shmem.c,
+// do_restore_shmem_content).
+func WithParent(chain *Chain, continuous func(nsPid int) bool) ComposeOption {
+	return func(c *composer) {
+		if continuous(c.pid) {
+			c.chain = chain
+		}
+	}
+}
 
 // composeParallel is how many processes are worked on at a time; they mostly
 // wait for the disk.
@@ -79,6 +101,9 @@ func compose(ctx context.Context, imagesDir string, store *Store, clean map[int]
 	parent := filepath.Join(imagesDir, parentDir)
 	if _, err := os.Lstat(parent); !errors.Is(err, fs.ErrNotExist) {
 		return stats, fmt.Errorf("it has a directory %q already; images that have a parent are not composed", parentDir)
+	}
+	if err := store.drain(); err != nil {
+		return stats, err
 	}
 	group, ctx := errgroup.WithContext(ctx)
 	group.SetLimit(composeParallel)
@@ -95,7 +120,7 @@ func compose(ctx context.Context, imagesDir string, store *Store, clean map[int]
 				err = c.run(clean[pid])
 			}
 			if err != nil {
-				return fmt.Errorf("process %d: %w", pid, err)
+				return fmt.Errorf("%s: %w", imageName("pagemap", pid), err)
 			}
 			return nil
 		})
@@ -130,6 +155,7 @@ func (s *Stats) add(o Stats) {
 	s.StalePages += o.StalePages
 	s.Dropped += o.Dropped
 	s.Moved += o.Moved
+	s.InheritedPages += o.InheritedPages
 	s.Processes += o.Processes
 }
 
@@ -139,11 +165,20 @@ type composer struct {
 	pid    int
 	p      *Process // nil where nothing was copied
 	noSync bool
+	chain  *Chain // nil where nothing is inherited
 	stats  Stats
 
-	own    *pagemap
-	parent []segment // to come from parents
-	inline []segment // to be copied into the topmost file
+	own       *pagemap
+	parent    []segment // to come from parents
+	inherited []Range   // to come from the chain
+	inline    []inlined // to be copied into the topmost file
+}
+
+// inlined is a run of pages for the topmost file: the store's, or the chain's.
+type inlined struct {
+	Range
+	from *os.File
+	off  uint64
 }
 
 func (c *composer) run(clean []Range) error {
@@ -151,7 +186,7 @@ func (c *composer) run(clean []Range) error {
 	if err != nil {
 		return err
 	}
-	vmas, err := readMappings(c.dir, c.pid)
+	vmas, err := c.mappings()
 	if errors.Is(err, fs.ErrNotExist) {
 		c.stats.Dropped += count(clean)
 		if c.p != nil {
@@ -162,7 +197,7 @@ func (c *composer) run(clean []Range) error {
 	if err != nil {
 		return err
 	}
-	if c.own, err = readPagemap(c.path("pagemap", c.pid)); err != nil {
+	if c.own, err = readPagemap(imagePath(c.dir, "pagemap", c.pid)); err != nil {
 		return err
 	}
 	for _, e := range c.own.entries {
@@ -170,7 +205,9 @@ func (c *composer) run(clean []Range) error {
 			return fmt.Errorf("entry of %d pages at %#x in CRIU's pagemap is not in its pages file: %w", e.nr, e.addr, errImage)
 		}
 	}
-	if err := c.plan(clean, vmas); err != nil {
+	files := sourceFiles{}
+	defer files.close()
+	if err := c.plan(clean, vmas, files); err != nil {
 		return err
 	}
 	if len(c.inline) > 0 {
@@ -184,7 +221,7 @@ func (c *composer) run(clean []Range) error {
 		}
 	}
 	c.stats.OwnPages += c.own.bytes() / pageSize
-	if len(c.parent) == 0 {
+	if len(c.parent)+len(c.inherited) == 0 {
 		return nil
 	}
 	c.stats.Processes++
@@ -192,7 +229,7 @@ func (c *composer) run(clean []Range) error {
 }
 
 // plan decides where each clean page comes from.
-func (c *composer) plan(clean []Range, vmas *mappings) error {
+func (c *composer) plan(clean []Range, vmas *mappings, files sourceFiles) error {
 	own, err := c.own.present()
 	if err != nil {
 		return err
@@ -201,25 +238,71 @@ func (c *composer) plan(clean []Range, vmas *mappings) error {
 	c.stats.Overlap += count(clean) - count(need)
 	private, direct := intersect(need, vmas.private), intersect(need, vmas.direct)
 	c.stats.Dropped += count(need) - count(private) - count(direct)
-	if count(private)+count(direct) == 0 {
-		return nil
-	}
-	if c.p == nil {
-		return fmt.Errorf("%d pages from %s: %w", count(need), need[0], ErrIncomplete)
-	}
-	var missing, more []Range
-	c.parent, missing = c.p.resolve(private)
-	c.inline, more = c.p.resolve(direct)
+	var missing []Range
+	c.parent, c.inherited, missing = c.divide(private)
+	store, chain, more := c.divide(direct)
 	if missing = append(missing, more...); len(missing) > 0 {
 		return fmt.Errorf("%d pages in %d ranges, the first %s: %w", count(missing), len(missing), missing[0], ErrIncomplete)
+	}
+	for _, s := range store {
+		c.inline = append(c.inline, inlined{s.Range, s.level.f, s.slot * pageSize})
+	}
+	for _, p := range c.chain.lookup(c.object()).find(chain) {
+		f, err := files.get(p.src)
+		if err != nil {
+			return err
+		}
+		c.inline = append(c.inline, inlined{p.Range, f, p.off})
 	}
 	return nil
 }
 
-func (c *composer) path(name string, id int) string { return imagePath(c.dir, name, id) }
+// mappings are those that pages are restored into; an object has one, and no
+// image of it (none at all where nobody has it any more).
+func (c *composer) mappings() (*mappings, error) {
+	if c.object().Kind == Task {
+		return readMappings(c.dir, c.pid)
+	}
+	if _, err := os.Lstat(imagePath(c.dir, "pagemap", c.pid)); err != nil {
+		return nil, err
+	}
+	return &mappings{private: []Range{{0, math.MaxUint64 / pageSize * pageSize}}}, nil
+}
 
-func imagePath(dir, name string, id int) string {
-	return filepath.Join(dir, fmt.Sprintf("%s-%d.img", name, id))
+// divide says which pages of ranges the store has, which the chain, and which
+// neither.
+func (c *composer) divide(ranges []Range) (store []segment, chain, missing []Range) {
+	missing = ranges
+	if c.p != nil {
+		store, missing = c.p.resolve(ranges)
+	}
+	chain, missing = c.p.inherit(missing, c.chain.lookup(c.object()))
+	return store, chain, missing
+}
+
+func (c *composer) object() Object { return objectOf(c.pid) }
+
+// imagePath is an image of a process or an object; key is as in [Compose].
+func imagePath(dir, name string, key int) string { return filepath.Join(dir, imageName(name, key)) }
+
+func imageName(name string, key int) string {
+	o := objectOf(key)
+	switch {
+	case o.Kind == Task:
+		return fmt.Sprintf("%s-%d.img", name, key)
+	case name == "pages":
+		return pagesName(pagesID(key))
+	}
+	return o.pagemapName()
+}
+
+// pagesID names the pages image of a process or an object in a parent.
+func pagesID(key int) uint32 {
+	o := objectOf(key)
+	if o.Kind == Shmem {
+		return firstObjectPages + uint32(o.ID)
+	}
+	return uint32(o.ID)
 }
 
 // writeTop puts CRIU's entries and those of the parents together.
@@ -229,8 +312,12 @@ func (c *composer) writeTop() error {
 		c.stats.ParentPages += s.Pages()
 		top.entries = append(top.entries, entry{s.Start, s.Pages(), flagParent})
 	}
+	for _, r := range c.inherited {
+		c.stats.InheritedPages += r.Pages()
+		top.appendParent(r)
+	}
 	top.sort()
-	path := c.path("pagemap", c.pid)
+	path := imagePath(c.dir, "pagemap", c.pid)
 	if err := c.writePagemap(path+".new", top); err != nil {
 		return err
 	}
@@ -254,28 +341,28 @@ func (m *pagemap) sort() {
 
 // rewriteTop makes CRIU's pages file anew with the inline pages in it.
 func (c *composer) rewriteTop() error {
-	path := c.path("pages", int(c.own.pagesID))
+	path := imagePath(c.dir, "pages", int(c.own.pagesID))
 	old, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer old.Close()
-	type piece struct {
+	type part struct {
 		entry
 		from *os.File
 		off  uint64
 	}
-	pieces := make([]piece, 0, len(c.own.entries)+len(c.inline))
+	pieces := make([]part, 0, len(c.own.entries)+len(c.inline))
 	var off uint64
 	for _, e := range c.own.entries {
-		pieces = append(pieces, piece{e, old, off})
+		pieces = append(pieces, part{e, old, off})
 		off += e.nr * pageSize
 	}
 	for _, s := range c.inline {
-		pieces = append(pieces, piece{entry{s.Start, s.Pages(), flagPresent}, s.level.f, s.slot * pageSize})
+		pieces = append(pieces, part{entry{s.Start, s.Pages(), flagPresent}, s.from, s.off})
 		c.stats.Moved += s.Pages()
 	}
-	slices.SortFunc(pieces, func(a, b piece) int { return cmp.Compare(a.addr, b.addr) })
+	slices.SortFunc(pieces, func(a, b part) int { return cmp.Compare(a.addr, b.addr) })
 	out, err := newPagesFile(path + ".new")
 	if err != nil {
 		return err
@@ -293,14 +380,14 @@ func (c *composer) rewriteTop() error {
 	}
 	// The pagemap and the file change together or the capture is not completed:
 	// nobody reads them before Compose has returned.
-	if err := c.writePagemap(c.path("pagemap", c.pid)+".new", m); err != nil {
+	if err := c.writePagemap(imagePath(c.dir, "pagemap", c.pid)+".new", m); err != nil {
 		return err
 	}
 	if err := os.Rename(path+".new", path); err != nil {
 		return err
 	}
 	c.own = m
-	return os.Rename(c.path("pagemap", c.pid)+".new", c.path("pagemap", c.pid))
+	return os.Rename(imagePath(c.dir, "pagemap", c.pid)+".new", imagePath(c.dir, "pagemap", c.pid))
 }
 
 // publish moves the levels to the parent directories, with pagemaps.
@@ -312,7 +399,7 @@ func (p *Process) publish(c *composer) error {
 		return nil
 	}
 	dir := filepath.Join(c.dir, parentDir)
-	m := &pagemap{pagesID: uint32(p.pid)}
+	m := &pagemap{pagesID: pagesID(p.pid)}
 	for _, e := range p.base.ext {
 		m.entries = append(m.entries, entry{e.addr, uint64(e.nr), flagPresent})
 	}
@@ -331,7 +418,7 @@ func (p *Process) publish(c *composer) error {
 		return nil
 	}
 	dir = filepath.Join(dir, parentDir)
-	m = &pagemap{pagesID: uint32(p.pid)}
+	m = &pagemap{pagesID: pagesID(p.pid)}
 	if p.grown.ordered() {
 		for _, e := range p.grown.ext {
 			m.entries = append(m.entries, entry{e.addr, uint64(e.nr), flagPresent})
@@ -469,53 +556,6 @@ func subtractSlots(l *level, wanted []segment) usage {
 	}
 	u.stale = l.slots - u.used
 	return u
-}
-
-// pagesFile is a pages image being written, front to back.
-type pagesFile struct {
-	f   *os.File
-	off int64
-}
-
-func newPagesFile(path string) (*pagesFile, error) {
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return nil, err
-	}
-	return &pagesFile{f: f}, nil
-}
-
-// copy appends bytes of another file; the kernel shares blocks where it can.
-func (o *pagesFile) copy(from *os.File, off, size uint64) error {
-	in := int64(off)
-	for size > 0 {
-		n, err := unix.CopyFileRange(int(from.Fd()), &in, int(o.f.Fd()), &o.off, int(min(size, 1<<30)), 0)
-		switch {
-		case errors.Is(err, unix.EINTR):
-			continue
-		case errors.Is(err, unix.EXDEV), errors.Is(err, unix.EOPNOTSUPP):
-			return o.copyBytes(from, in, size)
-		case err != nil:
-			return fmt.Errorf("copy pages from %s to %s: %w", from.Name(), o.f.Name(), err)
-		case n == 0:
-			return fmt.Errorf("copy pages from %s: it ends %d bytes early: %w", from.Name(), size, errImage)
-		}
-		size -= uint64(n)
-	}
-	return nil
-}
-
-// copyBytes is copy between file systems that the kernel does not copy between.
-func (o *pagesFile) copyBytes(from *os.File, off int64, size uint64) error {
-	n, err := io.Copy(io.NewOffsetWriter(o.f, o.off), io.NewSectionReader(from, off, int64(size)))
-	o.off += n
-	if err == nil && n < int64(size) {
-		err = io.ErrUnexpectedEOF
-	}
-	if err != nil {
-		return fmt.Errorf("copy pages from %s to %s: %w", from.Name(), o.f.Name(), err)
-	}
-	return nil
 }
 
 func makeDir(dir string) error {

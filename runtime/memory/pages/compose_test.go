@@ -116,7 +116,7 @@ func (a *arena) clean() []Range {
 // verify restores the images of testPid into nothing and compares every page.
 func (a *arena) verify(dir string) {
 	a.t.Helper()
-	r, err := openReader(dir, testPid)
+	r, err := openReader(dir, Object{Task, testPid})
 	if err != nil {
 		a.t.Fatal(err)
 	}

@@ -87,12 +87,12 @@ func (p *Process) run(ctx context.Context, hostPid int, feed func(*batch) error)
 	}
 	err = errors.Join(err, p.settle())
 	// The pid named this process all the time if it does still: every read was from it.
-	if err == nil && exited(p.pidfd) {
+	if err == nil && p.pidfd != nil && exited(p.pidfd) {
 		err = ErrExited
 	}
 	b.close()
 	if err != nil {
-		err = fmt.Errorf("copy pages of process %d (%d in the container): %w", hostPid, p.pid, err)
+		err = fmt.Errorf("copy pages of %s: %w", p, err)
 	}
 	b.done.Gone = b.offered - b.done.Pages
 	return b.done, err
@@ -101,7 +101,7 @@ func (p *Process) run(ctx context.Context, hostPid int, feed func(*batch) error)
 // open prepares the process for copying.
 func (b *batch) open() (err error) {
 	p := b.p
-	if p.pidfd == nil {
+	if p.source == nil && p.pidfd == nil {
 		fd, err := unix.PidfdOpen(b.pid, 0)
 		if errors.Is(err, unix.ESRCH) {
 			return ErrExited
@@ -141,7 +141,7 @@ func (b *batch) accept(r Range) error {
 		if b.failed == nil {
 			b.failed = b.add(part)
 		} else {
-			part.forget()
+			b.p.forget(part)
 		}
 	}
 	return b.failed
@@ -160,11 +160,29 @@ func (p *Process) parts(r Range) iter.Seq[segment] {
 	}
 }
 
+// lose notes that pages without a slot were written and are not stored.
+func (p *Process) lose(r Range) {
+	// A refused range need not be of whole pages.
+	r.Start = r.Start / pageSize * pageSize
+	r.End += (pageSize - r.End%pageSize) % pageSize
+	if n := len(p.lost); n > 0 && p.lost[n-1].End == r.Start {
+		p.lost[n-1].End = r.End
+	} else {
+		p.lost = append(p.lost, r)
+	}
+}
+
 // settle takes over what a Copy added.
-func (p *Process) settle() error {
+func (p *Process) settle() (err error) {
+	if p.lost, err = normalize(p.lost); err != nil {
+		return err
+	}
 	if len(p.extra) > 0 {
 		p.grown.merge(p.extra)
 		p.extra = p.extra[:0]
+	}
+	if p.store.held.on.Load() && p.source == nil {
+		return nil // drain does it
 	}
 	for _, l := range p.levels() {
 		if err := l.size(); err != nil {
@@ -211,9 +229,11 @@ func (b *batch) close() {
 	}
 }
 
-// forget notes that the slots of a segment, if it has any, are out of date.
-func (s segment) forget() {
+// forget notes that what there is of a segment's pages, here or in a checkpoint
+// before, is out of date.
+func (p *Process) forget(s segment) {
 	if s.level == nil {
+		p.lose(s.Range)
 		return
 	}
 	for i := range s.Pages() {
@@ -227,7 +247,7 @@ func (b *batch) add(s segment) error {
 	for s.Start < s.End {
 		if b.used == uint64(len(b.buf)) || len(b.segs) == iovMax {
 			if err := b.flush(); err != nil {
-				s.forget()
+				b.p.forget(s)
 				return err
 			}
 		}
@@ -246,10 +266,15 @@ func (b *batch) flush() error {
 		return nil
 	}
 	wait := b.p.store.pace.wait(b.ctx, int(b.used))
-	err := b.read()
+	var err error
+	if b.p.store.held.on.Load() {
+		err = b.read()
+	} else {
+		err = b.p.store.gate.pass(b.read)
+	}
 	if err != nil {
 		for _, s := range b.segs {
-			s.forget()
+			b.p.forget(s)
 		}
 	} else {
 		err = wait
@@ -262,6 +287,9 @@ func (b *batch) flush() error {
 // did not. A page that is not there ends the kernel's walk; it is then tried
 // alone, and the walk goes on behind it.
 func (b *batch) read() error {
+	if b.p.source != nil {
+		return b.readSource()
+	}
 	segs, buf := b.segs, b.buf[:b.used]
 	for len(segs) > 0 {
 		b.iov = b.iov[:0]
@@ -350,6 +378,8 @@ func (b *batch) lose(segs []segment, buf []byte) ([]segment, []byte) {
 	s := &segs[0]
 	if s.level != nil {
 		s.level.gone.set(s.slot)
+	} else {
+		b.p.lose(Range{s.Start, s.Start + pageSize})
 	}
 	s.Start += pageSize
 	s.slot++
@@ -401,6 +431,24 @@ func (b *batch) store(s segment, data []byte) error {
 
 // write puts data at a slot.
 func write(l *level, data []byte, slot uint64) error {
+	for len(data) > 0 && l.hold(data[:pageSize], slot) {
+		data, slot = data[pageSize:], slot+1
+	}
+	if len(data) == 0 {
+		return nil
+	}
+	if l.late != nil {
+		// No more room: page by page, since some of these may be in memory.
+		for ; len(data) > 0; data, slot = data[pageSize:], slot+1 {
+			if l.hold(data[:pageSize], slot) {
+				continue
+			}
+			if _, err := l.f.WriteAt(data[:pageSize], int64(slot*pageSize)); err != nil {
+				return fmt.Errorf("write to the page store: %w", err)
+			}
+		}
+		return nil
+	}
 	if _, err := l.f.WriteAt(data, int64(slot*pageSize)); err != nil {
 		return fmt.Errorf("write to the page store: %w", err)
 	}

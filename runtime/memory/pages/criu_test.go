@@ -35,6 +35,9 @@ type mutator struct {
 	pagemap *os.File
 	memory  Range
 	result  string
+	keep    bool     // a dump leaves it running
+	before  []string // how CRIU is started for a restore
+	root    string   // where it has another root than we
 }
 
 func needRoot(t testing.TB, tools ...string) {
@@ -67,10 +70,15 @@ func output(t testing.TB, name string, args ...string) {
 func startMutator(t testing.TB, pages, steps int) *mutator {
 	t.Helper()
 	dir := t.TempDir()
-	program := filepath.Join(dir, "mutator")
+	program, result := filepath.Join(dir, "mutator"), filepath.Join(dir, "result")
 	output(t, "gcc", "-O2", "-Wall", "-o", program, "testdata/mutator.c")
-	m := &mutator{t: t, result: filepath.Join(dir, "result")}
-	m.cmd = exec.Command(program, fmt.Sprint(pages), fmt.Sprint(steps), m.result)
+	return startMutatorAs(t, result, exec.Command(program, fmt.Sprint(pages), fmt.Sprint(steps), result))
+}
+
+// startMutatorAs is startMutator with a command line that becomes the program.
+func startMutatorAs(t testing.TB, result string, cmd *exec.Cmd) *mutator {
+	t.Helper()
+	m := &mutator{t: t, result: result, cmd: cmd}
 	m.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	m.cmd.Dir = "/"
 	stdout, err := m.cmd.StdoutPipe()
@@ -205,16 +213,29 @@ func (m *mutator) clean() []Range {
 
 func criu(t testing.TB, env []string, dir string, args ...string) {
 	t.Helper()
+	if err := tryCRIU(env, dir, args...); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func tryCRIU(env []string, dir string, args ...string) error {
+	return tryCRIUAs(nil, env, dir, args...)
+}
+
+// tryCRIUAs is tryCRIU with words before it on the command line.
+func tryCRIUAs(before, env []string, dir string, args ...string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), criuLimit)
 	defer cancel()
 	args = append(args, "--images-dir", dir, "--work-dir", filepath.Dir(dir), "--log-file", args[0]+".log")
-	cmd := exec.CommandContext(ctx, "criu", args...)
+	line := slices.Concat(before, []string{"criu"}, args)
+	cmd := exec.CommandContext(ctx, line[0], line[1:]...)
 	cmd.Env = append(os.Environ(), env...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		log, _ := os.ReadFile(filepath.Join(filepath.Dir(dir), args[0]+".log"))
 		lines := strings.Split(string(log), "\n")
-		t.Fatalf("criu %s: %v\n%s\n%s", args[0], err, out, strings.Join(lines[max(0, len(lines)-40):], "\n"))
+		return fmt.Errorf("criu %s: %w\n%s\n%s", args[0], err, out, strings.Join(lines[max(0, len(lines)-40):], "\n"))
 	}
+	return nil
 }
 
 // dump stops the process and leaves it dead, with images of what the store has not.
@@ -226,16 +247,34 @@ func (m *mutator) dump(dir string, env ...string) []Range {
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		m.t.Fatal(err)
 	}
-	criu(m.t, env, dir, "dump", "--tree", fmt.Sprint(m.pid))
-	_ = m.cmd.Wait()
+	args := []string{"dump", "--tree", fmt.Sprint(m.pid)}
+	if m.keep {
+		args = append(args, "--leave-running")
+	}
+	criu(m.t, env, dir, args...)
+	if m.keep {
+		m.signal(unix.SIGCONT)
+	} else {
+		_ = m.cmd.Wait()
+	}
 	return clean
 }
 
 // restore brings the process back and returns its own verdict.
 func (m *mutator) restore(dir string) (string, time.Duration) {
 	m.t.Helper()
+	// It becomes our child, and its pid is free when we have waited for it.
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		m.t.Fatal(err)
+	}
 	start := time.Now()
-	criu(m.t, nil, dir, "restore", "--restore-detached")
+	args := []string{"restore", "--restore-detached"}
+	if m.root != "" {
+		args = append(args, "--root", m.root)
+	}
+	if err := tryCRIUAs(m.before, nil, dir, args...); err != nil {
+		m.t.Fatal(err)
+	}
 	took := time.Since(start)
 	pidfd, err := unix.PidfdOpen(m.pid, 0)
 	if err != nil {
@@ -257,6 +296,9 @@ func (m *mutator) restore(dir string) (string, time.Duration) {
 			m.t.Fatalf("the restored program does not end: %v", err)
 		}
 		break
+	}
+	if _, err := unix.Wait4(m.pid, nil, 0, nil); err != nil {
+		m.t.Fatal(err)
 	}
 	verdict, err := os.ReadFile(m.result)
 	if err != nil {

@@ -45,11 +45,29 @@
 // restore_priv_vma_content reads them from the topmost file only); where the
 // tracker has such, the process's pages file is written anew with them.
 //
+// Checkpoints build on others. Dirs are the images of a checkpoint and of those
+// before it, the newest first:
+//
+//	chain, err := pages.OpenChain(dirs)      // before the barrier: it reads all pagemaps
+//	p.MissingFrom(chain, clean)              // in the barrier: what neither store nor chain has
+//	pages.Compose(ctx, imagesDir, store, clean, pages.WithParent(chain, continuous))
+//	pages.Dedupe(ctx, imagesDir, chain)      // whoever was not tracked since: by content
+//	pages.Link(dst, dirs)                    // for criu restore: links, no copies
+//	pages.Merge(chain)                       // a full checkpoint, to be streamed somewhere
+//
+// The images of an increment mention the pages of the checkpoint before as "in
+// parent", as CRIU does, and have no directory for it: where it is, is the
+// caller's to know. Link puts the directories together as CRIU wants them. Shared
+// memory (pagemap-shmem-ID.img) goes the same way, but only by content.
+//
 // What is promised: a page that CRIU wrote wins over the store's. A clean page
-// that the store does not hold is an error ([ErrIncomplete]), never a page of
-// zeros. A clean range outside of the mappings that CRIU recorded is left out
-// and counted. Without effect of the preload library the result is the same,
-// CRIU's images are only larger; [Stats].Overlap tells.
+// that neither store nor chain holds is an error ([ErrIncomplete]), never a page
+// of zeros. A page that was given to the store since the checkpoint before and
+// could not be read is not taken from there. Images from a stranger are refused
+// where they are not what CRIU writes, and lead nowhere out of their directory.
+// A clean range outside of the mappings that CRIU recorded is left out and
+// counted. Without effect of the preload library the result is the same, CRIU's
+// images are only larger; [Stats].Overlap tells.
 //
 // What is not done here: finding out what was written (a tracker's task),
 // freezing, running CRIU. A restore must not use CRIU's auto-dedup, which

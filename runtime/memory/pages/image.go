@@ -88,6 +88,30 @@ func (m *pagemap) bytes() (n uint64) {
 	return n
 }
 
+// appendPresent adds pages behind all others of the pages file, joined to the
+// last entry where they follow on.
+func (m *pagemap) appendPresent(r Range) {
+	if n := len(m.entries); n > 0 {
+		if last := &m.entries[n-1]; last.present() && last.end() == r.Start && last.nr+r.Pages() <= maxExtent {
+			last.nr += r.Pages()
+			return
+		}
+	}
+	m.append(r, flagPresent)
+}
+
+// appendParent adds pages that are in a parent.
+func (m *pagemap) appendParent(r Range) { m.append(r, flagParent) }
+
+// append adds entries of at most maxExtent pages each.
+func (m *pagemap) append(r Range, flags uint64) {
+	for r.Start < r.End {
+		nr := min(r.Pages(), maxExtent)
+		m.entries = append(m.entries, entry{r.Start, nr, flags})
+		r.Start += nr * pageSize
+	}
+}
+
 type imageReader struct {
 	r    *bufio.Reader
 	left int64
@@ -217,6 +241,9 @@ func decodePagemap(f *os.File) (*pagemap, error) {
 		}
 		if e.addr < last || e.addr%pageSize != 0 || e.nr == 0 || e.nr > (math.MaxUint64-e.addr)/pageSize {
 			return nil, fmt.Errorf("entry of %d pages at %#x behind %#x: %w", e.nr, e.addr, last, errImage)
+		}
+		if len(m.entries) == maxEntries {
+			return nil, fmt.Errorf("more than %d entries: %w", maxEntries, errImage)
 		}
 		last = e.end()
 		m.entries = append(m.entries, e)

@@ -37,6 +37,12 @@ type level struct {
 	// gone has a bit for each slot whose page could not be read when it was
 	// its turn. What the slot holds is older than it seems.
 	gone bitmap
+	// view is the file as Map has last mapped it.
+	view []byte
+	// late has the pages that are in memory only, by slot; room is for more of them.
+	late map[uint64][]byte
+	room []byte
+	held *held // of the store; nil where nothing is kept
 }
 
 func newLevel(path string) (*level, error) {
@@ -50,6 +56,18 @@ func newLevel(path string) (*level, error) {
 // find returns the index of the first extent that ends behind addr.
 func (l *level) find(addr uint64) int {
 	return sort.Search(len(l.ext), func(i int) bool { return l.ext[i].end() > addr })
+}
+
+// addresses are those of all slots.
+func (l *level) addresses() (out []Range) {
+	for _, e := range l.ext {
+		if n := len(out); n > 0 && out[n-1].End == e.addr {
+			out[n-1].End = e.end()
+		} else {
+			out = append(out, Range{e.addr, e.end()})
+		}
+	}
+	return out
 }
 
 // end is the address behind the last page.
@@ -148,7 +166,7 @@ func (l *level) close() error {
 	if l == nil || l.f == nil {
 		return nil
 	}
-	err := l.f.Close()
+	err := errors.Join(l.unmap(), l.f.Close())
 	l.f = nil
 	return err
 }

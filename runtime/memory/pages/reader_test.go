@@ -27,8 +27,8 @@ type reader struct {
 	off     uint64 // of entries[cur] in pages
 }
 
-func openReader(dir string, pid int) (*reader, error) {
-	m, err := readPagemap(imagePath(dir, "pagemap", pid))
+func openReader(dir string, o Object) (*reader, error) {
+	m, err := readPagemap(filepath.Join(dir, o.pagemapName()))
 	if err != nil {
 		return nil, err
 	}
@@ -41,8 +41,8 @@ func openReader(dir string, pid int) (*reader, error) {
 	} else if st.Size() < int64(m.bytes()) {
 		return nil, fmt.Errorf("%s is %d bytes long, its pagemap has %d", r.pages.Name(), st.Size(), m.bytes())
 	}
-	if _, err := os.Stat(filepath.Join(dir, parentDir, filepath.Base(imagePath(dir, "pagemap", pid)))); err == nil {
-		r.parent, err = openReader(filepath.Join(dir, parentDir), pid)
+	if _, err := os.Stat(filepath.Join(dir, parentDir, o.pagemapName())); err == nil {
+		r.parent, err = openReader(filepath.Join(dir, parentDir), o)
 		if err != nil {
 			return nil, err
 		}
@@ -85,7 +85,13 @@ func (r *reader) page(addr uint64, into []byte) (bool, error) {
 
 // writeCRIU makes the images of one process as CRIU would: its mappings, and the pages at addrs,
 // which are in order, with what content returns.
-func writeCRIU(t *testing.T, dir string, pid int, maps []*vma.VmaEntry, addrs []uint64, content func(uint64) []byte) {
+func writeCRIU(t testing.TB, dir string, pid int, maps []*vma.VmaEntry, addrs []uint64, content func(uint64) []byte) {
+	t.Helper()
+	writeMappings(t, dir, pid, maps)
+	writePages(t, dir, Object{Task, uint64(pid)}, 7, addrs, content)
+}
+
+func writeMappings(t testing.TB, dir string, pid int, maps []*vma.VmaEntry) {
 	t.Helper()
 	zero := proto.Uint64(0)
 	msg, err := proto.Marshal(&mm.MmEntry{
@@ -101,9 +107,13 @@ func writeCRIU(t *testing.T, dir string, pid int, maps []*vma.VmaEntry, addrs []
 	if err := os.WriteFile(imagePath(dir, "mm", pid), append(image, msg...), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	const id = 7
+}
+
+// writePages makes a pagemap and its pages file, as CRIU would.
+func writePages(t testing.TB, dir string, o Object, id uint32, addrs []uint64, content func(uint64) []byte) {
+	t.Helper()
 	m := &pagemap{pagesID: id}
-	f, err := os.OpenFile(imagePath(dir, "pages", id), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := os.OpenFile(filepath.Join(dir, pagesName(id)), os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -122,7 +132,7 @@ func writeCRIU(t *testing.T, dir string, pid int, maps []*vma.VmaEntry, addrs []
 	if err := w.Flush(); err != nil {
 		t.Fatal(err)
 	}
-	if err := (&composer{}).writePagemap(imagePath(dir, "pagemap", pid), m); err != nil {
+	if err := (&composer{}).writePagemap(filepath.Join(dir, o.pagemapName()), m); err != nil {
 		t.Fatal(err)
 	}
 }

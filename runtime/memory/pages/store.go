@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"os"
 	"path/filepath"
@@ -25,6 +26,10 @@ const bufferSize = 1 << 20
 type Store struct {
 	dir  string
 	pace *pacer
+	held held
+	gate *gate // nil: it need not wait
+
+	gateDir string
 
 	mu        sync.Mutex
 	processes map[int]*Process
@@ -60,6 +65,10 @@ func NewStore(dir string, options ...Option) (*Store, error) {
 	s := &Store{dir: dir, processes: map[int]*Process{}}
 	for _, o := range options {
 		o(s)
+	}
+	var err error
+	if s.gate, err = openGate(s.gateDir); err != nil {
+		return nil, errors.Join(err, os.Remove(dir))
 	}
 	return s, nil
 }
@@ -140,7 +149,7 @@ func (s *Store) Discard() error {
 		return nil
 	}
 	s.closed = true
-	var errs []error
+	errs := []error{s.gate.close()}
 	for _, p := range s.processes {
 		errs = append(errs, p.close())
 	}
@@ -189,11 +198,16 @@ type Process struct {
 	// host is its pid here, and pidfd the process; set by the first Copy.
 	host  int
 	pidfd *os.File
+	// source is what an object is read from, instead of a process.
+	source io.ReaderAt
 	// base is the first round, in which slots follow the addresses; later pages
 	// behind its last address join it. grown takes the others as they come.
 	base, grown *level
 	// extra are pages first copied in the Copy under way, for grown.
 	extra []extent
+	// lost are pages that were given to a Copy and could not be stored, and have no
+	// slot that says so. A checkpoint before this store has them out of date.
+	lost []Range
 }
 
 // Pages is how many pages the store holds of this process, stale ones too.
@@ -224,6 +238,38 @@ func (p *Process) Missing(clean []Range) ([]Range, error) {
 	}
 	_, missing := p.resolve(clean)
 	return missing, nil
+}
+
+// MissingFrom is Missing for a process that was tracked without a gap since
+// the barrier of the checkpoint that chain begins with (see [WithParent]): what
+// that checkpoint has and this store was never given is not missing. It reads no
+// file. A nil chain has nothing.
+func (p *Process) MissingFrom(chain *Chain, clean []Range) ([]Range, error) {
+	missing, err := p.Missing(clean)
+	if err != nil {
+		return nil, err
+	}
+	_, missing = p.inherit(missing, chain.lookup(objectOf(p.pid)))
+	return missing, nil
+}
+
+// inherit divides pages that the store does not hold into those that m has as
+// they are, and others. p may be nil.
+func (p *Process) inherit(missing []Range, m *memory) (inherited, still []Range) {
+	if m == nil {
+		return nil, missing
+	}
+	inherited = intersect(missing, m.has)
+	if p != nil {
+		for _, l := range p.levels() {
+			// Pages that have a slot and are missing were written since.
+			if len(l.gone) > 0 {
+				inherited = subtract(inherited, l.addresses())
+			}
+		}
+		inherited = subtract(inherited, p.lost)
+	}
+	return inherited, subtract(missing, inherited)
 }
 
 // segment is a run of pages in one level.
@@ -294,8 +340,20 @@ func (p *Process) locate(r Range) (in *level, slot, end uint64) {
 	return nil, 0, end
 }
 
+// String names p in errors.
+func (p *Process) String() string {
+	if o := objectOf(p.pid); o.Kind == Shmem {
+		return o.String()
+	}
+	return fmt.Sprintf("process %d (%d in the container)", p.host, p.pid)
+}
+
 func (p *Process) newLevel(name string) (*level, error) {
-	return newLevel(filepath.Join(p.store.dir, fmt.Sprintf("%s-%d", name, p.pid)))
+	l, err := newLevel(filepath.Join(p.store.dir, fmt.Sprintf("%s-%d", name, p.pid)))
+	if err == nil && objectOf(p.pid).Kind == Task {
+		l.held = &p.store.held
+	}
+	return l, err
 }
 
 func (p *Process) close() error {

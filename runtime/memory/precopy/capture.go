@@ -6,33 +6,40 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/cohort-project/cohort/runtime/memory/pages"
 	"github.com/cohort-project/cohort/runtime/memory/track"
 )
 
-// warmPause is the pause between two rounds while the container waits for the
-// slowest member of its group.
+// warmPause is the least pause between two rounds while the container waits for
+// the slowest member of its group. A round that takes longer is followed by as
+// long a pause: no more than half of a core is spent on one container.
 const warmPause = 10 * time.Millisecond
 
 // KeepWarm goes on copying in the background what the container writes, so that
-// little is left whenever the freeze comes. Cool ends it.
+// little is left when the freeze comes. Sprint or Cool ends it. What it copies stays
+// in memory until Compose.
 func (s *Session) KeepWarm() {
+	s.store.Hold()
+	s.holding = true
 	ctx, cancel := context.WithCancel(context.Background())
 	s.warm, s.warmed = cancel, make(chan struct{})
 	go func() {
 		defer close(s.warmed)
 		for {
+			begun := time.Now()
 			// A round that fails leaves more to CRIU, or fails again in Capture.
-			_, _ = s.round(ctx)
+			_, _ = s.round(ctx, s.inTurn)
 			select {
 			case <-ctx.Done():
 				return
-			case <-time.After(warmPause):
+			case <-time.After(max(warmPause, time.Since(begun))):
 			}
 		}
 	}()
@@ -47,6 +54,43 @@ func (s *Session) Cool() {
 	}
 }
 
+// sharedPause is the least pause between two looks at shared memory when all but
+// the barrier is done: what they find goes to the disk, and what they leave is
+// kept in memory in the barrier.
+const sharedPause = 500 * time.Millisecond
+
+// little is what is not worth another round at once, in bytes: CRIU takes it in
+// some hundred microseconds.
+const little = 256 << 10
+
+// Sprint copies, for a freeze that comes when the time is up: without a pause as
+// long as much is written, and so that no round is under way at the end. What it
+// has not reached by then counts as written.
+func (s *Session) Sprint(ctx context.Context, d time.Duration) {
+	until := time.Now().Add(d)
+	ctx, cancel := context.WithDeadline(ctx, until)
+	defer cancel()
+	s.Cool()
+	var took time.Duration
+	for time.Until(until) > took+took/2 {
+		begun := time.Now()
+		n, err := s.round(ctx, s.each)
+		if err != nil {
+			break
+		}
+		took = time.Since(begun)
+		if n > little {
+			continue
+		}
+		// Once more, late.
+		select {
+		case <-ctx.Done():
+		case <-time.After(max(time.Millisecond, time.Until(until)-2*took-time.Millisecond)):
+		}
+	}
+	<-ctx.Done()
+}
+
 // Scan notes, for the frozen container, which pages are in the store as they are.
 // It must have returned before CRIU touches the tasks: CRIU writes into their
 // memory itself, and a page that it changes after it has passed over it would be
@@ -54,30 +98,49 @@ func (s *Session) Cool() {
 func (s *Session) Scan() error {
 	return s.each(func(m *member) error {
 		m.clean = nil
+		if err := m.ended(breakMemory(m)); err != nil {
+			return err
+		}
 		var list []pages.Range
 		err := m.tracker.Clean(func(r track.Range) error {
 			list = append(list, pages.Range(r))
 			return nil
 		})
-		if errors.Is(err, track.ErrGone) {
-			return nil
-		} else if err != nil {
-			return fmt.Errorf("find the clean pages of process %d: %w", m.Pid, err)
+		if err := m.ended(err); err != nil || m.gone {
+			return err
 		}
 		m.clean = list
-		// It may have begun since to let devices write into its memory.
+		return nil
+	})
+}
+
+// SkipShared is for criu.Config: the shared memory that CRIU is to leave out.
+func (s *Session) SkipShared() string { return s.shared.Skip() }
+
+// Complete reads what has changed of shared memory, and pages that count as
+// copied but could not be read when it was their turn. CRIU may be at work
+// meanwhile.
+func (s *Session) Complete(ctx context.Context) error {
+	// They may have begun since to let devices write into their memory.
+	_ = s.each(func(m *member) error {
+		// What cannot be asked is not believed.
 		if blind, err := track.Blind(m.Pid); err != nil || len(blind) > 0 {
 			m.again = true
 		}
 		return nil
 	})
+	var eg errgroup.Group
+	eg.Go(func() error {
+		s.shared.Scan(slices.ContainsFunc(s.members, func(m *member) bool { return m.again }))
+		return s.shared.Take(ctx)
+	})
+	eg.Go(func() error { return s.complete(ctx) })
+	return eg.Wait()
 }
 
-// Complete reads pages that count as copied but could not be read when it was
-// their turn. CRIU may be at work meanwhile.
-func (s *Session) Complete(ctx context.Context) error {
+func (s *Session) complete(ctx context.Context) error {
 	return s.each(func(m *member) error {
-		missing, err := m.store.Missing(m.clean)
+		missing, err := m.store.MissingFrom(s.parentOf(m), m.clean)
 		if m.again {
 			missing = m.clean
 		}
@@ -100,17 +163,62 @@ func (s *Session) each(f func(*member) error) error {
 	return eg.Wait()
 }
 
+// eachLow is each on threads that give way to the container.
+func (s *Session) eachLow(f func(*member) error) error {
+	return s.each(func(m *member) error {
+		lowest()
+		return f(m)
+	})
+}
+
+// inTurn goes through the processes on the caller's thread.
+func (s *Session) inTurn(f func(*member) error) error {
+	for _, m := range s.members {
+		if err := f(m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// lowest gives the calling goroutine a thread of the lowest priority, for the rest
+// of its life: on a busy machine the container comes first. The thread ends with
+// the goroutine, since it is never unlocked: raising its priority again would need
+// a capability.
+func lowest() {
+	runtime.LockOSThread()
+	_ = unix.Setpriority(unix.PRIO_PROCESS, unix.Gettid(), 19)
+}
+
 // Compose makes one checkpoint of what CRIU wrote to imagesDir and of the store,
 // whose files it takes.
 func (s *Session) Compose(ctx context.Context, imagesDir string) (pages.Stats, error) {
-	clean := map[int][]pages.Range{}
+	clean, err := s.shared.Compose(ctx, imagesDir)
+	if err != nil {
+		return pages.Stats{}, err
+	}
+	s.stats.Shared = s.shared.Stats()
+	continuous := map[int]bool{}
 	for _, m := range s.members {
 		if m.clean != nil {
 			clean[m.NsPid] = m.clean
 		}
+		continuous[m.NsPid] = m.continuous
 	}
 	// The caller makes the whole capture durable.
-	return pages.Compose(ctx, imagesDir, s.store, clean, pages.WithoutSync())
+	options := []pages.ComposeOption{pages.WithoutSync()}
+	if s.opts.Parent != nil {
+		options = append(options, pages.WithParent(s.opts.Parent, func(nsPid int) bool { return continuous[nsPid] }))
+	}
+	return pages.Compose(ctx, imagesDir, s.store, clean, options...)
+}
+
+// parentOf is the chain that holds what the process has not written.
+func (s *Session) parentOf(m *member) *pages.Chain {
+	if !m.continuous {
+		return nil
+	}
+	return s.opts.Parent
 }
 
 // Stats of what was copied so far.
@@ -121,13 +229,24 @@ func (s *Session) Untrack() error {
 	s.Cool()
 	var errs []error
 	for _, m := range s.members {
-		errs = append(errs, m.tracker.Close())
+		if !m.kept {
+			errs = append(errs, m.tracker.Close())
+		}
+	}
+	for _, t := range s.ended {
+		errs = append(errs, t.Close())
 	}
 	return errors.Join(errs...)
 }
 
 // Close ends the tracking and removes the store. It may be called again.
 func (s *Session) Close() (err error) {
-	s.once.Do(func() { err = errors.Join(s.Untrack(), s.store.Discard()) })
+	s.once.Do(func() {
+		err = s.Untrack()
+		if s.shared != nil {
+			err = errors.Join(err, s.shared.Close())
+		}
+		err = errors.Join(err, s.store.Discard())
+	})
 	return err
 }

@@ -12,8 +12,9 @@
 //	stats, err := s.Compose(ctx, imagesDir)               // running: CRIU's images and ours become one
 //	s.Close()
 //
-// CRIU is started with criu.Config.SkipClean between Start and the freeze, so that it
+// CRIU is started with criu.Config.SkipClean and SkipShared between Start and the freeze, so that it
 // leaves out what was copied. Package track finds what was written, package pages
-// keeps the copies and puts the images together. Memory that cannot be tracked
-// (shared mappings, processes born since) is CRIU's, whole.
+// keeps the copies and puts the images together, package shm does both for shared
+// memory. The memory of processes that cannot be tracked, or were born since, is
+// CRIU's, whole.
 package precopy

@@ -17,8 +17,9 @@
 // program or of the kernel for it, clears a bit in the page table and goes on; nobody
 // has to answer. ioctl(PAGEMAP_SCAN) reads the bits and sets them again in one step.
 //
-// When in doubt a page is dirty. Only private mappings are tracked, because a shared
-// one has writers in other address spaces, and what is not tracked is never Clean: a
+// When in doubt a page is dirty. Take and Clean are about private mappings only, because
+// a shared one has writers in other address spaces (WatchShared is for whoever knows them
+// all); and what is not tracked is never Clean: a
 // mapping made, moved or replaced since the last Refresh, a page that was dropped
 // (MADV_DONTNEED, MADV_FREE) and touched anew, a fork's copy. After execve or exit
 // every method fails with ErrExec or ErrGone. One class of writes is invisible to page

@@ -28,9 +28,11 @@ type Mapping struct {
 // area is one line of /proc/PID/maps.
 type area struct {
 	Range
-	perms string // rwxp
-	inode uint64
-	path  string
+	perms  string // rwxp
+	offset uint64 // in the file
+	device string // of the file, major:minor in hexadecimal
+	inode  uint64
+	path   string
 }
 
 // Reasons for which a mapping is not tracked.
@@ -119,6 +121,10 @@ func parseArea(line string) (area, error) {
 	if a.perms = fields[1]; len(a.perms) != 4 {
 		return bad()
 	}
+	if a.offset, err = strconv.ParseUint(fields[2], 16, 64); err != nil {
+		return bad()
+	}
+	a.device = fields[3]
 	if a.inode, err = strconv.ParseUint(fields[4], 10, 64); err != nil {
 		return bad()
 	}

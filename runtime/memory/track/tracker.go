@@ -29,6 +29,7 @@ type Tracker struct {
 	dir       string   // in /proc, where the process's maps are
 	tracked   []span   // sorted, disjoint
 	untracked []Mapping
+	shared    []Range // see WatchShared
 	vec       []uapi.PageRegion
 	guards    bool // the kernel knows PAGE_IS_GUARD
 }
@@ -73,7 +74,7 @@ func attach(ctx context.Context, pid int) (_ *Tracker, err error) {
 		return nil, err
 	}
 	t.uffd = inj.fd
-	if err := uapi.UffdAPI(t.uffd, uapi.UffdFeatureWPAsync|uapi.UffdFeatureWPUnpopulated); err != nil {
+	if err := uapi.UffdAPI(t.uffd, uapi.UffdFeatureWPAsync|uapi.UffdFeatureWPUnpopulated|uapi.UffdFeatureWPShmem); err != nil {
 		if errors.Is(err, unix.EINVAL) {
 			err = fmt.Errorf("%w: the kernel has no asynchronous write protection (UFFD_FEATURE_WP_ASYNC, Linux 6.7): %w", ErrUnsupported, err)
 		}
@@ -115,6 +116,11 @@ func (t *Tracker) Close() error {
 	// of the descriptor.
 	for _, s := range t.tracked {
 		for r := range s.pieces(closePiece) {
+			_ = uapi.UffdUnregister(t.uffd, r.Start, r.End)
+		}
+	}
+	for _, s := range t.shared {
+		for r := range (span{Range: s}).pieces(closePiece) {
 			_ = uapi.UffdUnregister(t.uffd, r.Start, r.End)
 		}
 	}
@@ -295,6 +301,14 @@ func (t *Tracker) refresh(ctx context.Context) (int, error) {
 			tracked = join(tracked, span{a.Range, a.file()})
 			if !already {
 				added++
+				if t.tracked != nil {
+					// Moved here by mremap it may have brought the marks along of where it
+					// was, on kernels that leave them there: its pages are not the ones that
+					// were copied from these addresses.
+					for r := range (span{Range: a.Range}).pieces(takePiece) {
+						t.giveBack([]Range{r})
+					}
+				}
 			}
 		case t.spaceEnded():
 			return added, t.goneOrExec()

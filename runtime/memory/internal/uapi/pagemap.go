@@ -80,6 +80,9 @@ func PagemapScan(fd int, arg *PmScanArg, vec []PageRegion) (int, error) {
 const (
 	PagemapPresent = 1 << 63
 	PagemapSwapped = 1 << 62
+	// PagemapSoftDirty is set where the kernel tracks writes by itself
+	// (CONFIG_MEM_SOFT_DIRTY) and the page was written since it was told to forget them.
+	PagemapSoftDirty = 1 << 55
 	// pagemapSwapTypeMask are bits 0-4, MAX_SWAPFILES_SHIFT in include/linux/swap.h.
 	pagemapSwapTypeMask = 0x1f
 	// swpPTEMarker is the last swap type, SWP_PTE_MARKER in include/linux/swap.h:

@@ -18,10 +18,13 @@ const UffdUserModeOnly = 1
 const (
 	uffdAPI = 0xAA
 
+	UffdFeatureWPShmem       = 1 << 12 // UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 	UffdFeatureWPUnpopulated = 1 << 13
 	UffdFeatureWPAsync       = 1 << 15
 
 	uffdioRegisterModeWP = 1 << 1
+
+	uffdioWriteProtectModeWP = 1 << 0
 )
 
 // ioctl numbers, include/uapi/linux/userfaultfd.h; the same on x86-64 and arm64.
@@ -88,6 +91,13 @@ func UffdUnregister(fd int, start, end uint64) error {
 	return ioctl(fd, ioctlUffdUnregister, unsafe.Pointer(&arg))
 }
 
+// UffdProtect write-protects every page of [start, end), also those that are not
+// there.
+func UffdProtect(fd int, start, end uint64) error {
+	arg := uffdioWriteProtect{rng: uffdioRange{start, end - start}, mode: uffdioWriteProtectModeWP}
+	return ioctl(fd, ioctlUffdWriteProtect, unsafe.Pointer(&arg))
+}
+
 // UffdUnprotect clears write protection of [start, end), so that every page of
 // it counts as written again.
 func UffdUnprotect(fd int, start, end uint64) error {
@@ -101,4 +111,12 @@ func ioctl(fd int, req uintptr, arg unsafe.Pointer) error {
 		return errno
 	}
 	return nil
+}
+
+// UffdFeatures asks the kernel which features it has; the handshake of fd is done
+// then, without any.
+func UffdFeatures(fd int) (uint64, error) {
+	arg := uffdioAPI{api: uffdAPI}
+	err := ioctl(fd, ioctlUffdAPI, unsafe.Pointer(&arg))
+	return arg.features, err
 }

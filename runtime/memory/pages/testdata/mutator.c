@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 /*
- * mutator PAGES STEPS RESULT: keeps changing PAGES pages of private memory, and knows at any time what each must
+ * mutator PAGES STEPS RESULT: keeps changing PAGES pages of private memory and some of shared, and knows at any time what each must
  * hold. It tracks its memory itself with userfaultfd, and stops once for somebody to take the descriptor over:
  * CRIU dumps no process that has one. After that it changes STEPS pages between pauses of a millisecond
  * until SIGUSR1 comes; then it compares all of its memory, writes the verdict to RESULT, and ends.
@@ -70,7 +70,7 @@ int main(int argc, char **argv)
 	struct timespec pause = { 0, 1000000 };
 	size_t page = (size_t)getpagesize(), words = page / sizeof(uint64_t), pages, steps, i;
 	uint64_t *expected;
-	char *memory, *late = NULL;
+	char *memory, *shared, *late = NULL;
 	uint64_t changes = 0;
 	size_t bad = 0;
 	FILE *result;
@@ -82,9 +82,12 @@ int main(int argc, char **argv)
 	steps = strtoul(argv[2], NULL, 10);
 	signal(SIGUSR1, end);
 	memory = mmap(NULL, pages * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	expected = calloc(2 * pages, sizeof(*expected));
-	if (memory == MAP_FAILED || !expected)
+	shared = mmap(NULL, pages / 8 * page, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	expected = calloc(3 * pages, sizeof(*expected));
+	if (memory == MAP_FAILED || shared == MAP_FAILED || !expected)
 		return 3;
+	for (i = 0; i < pages / 10; i++)
+		fill((uint64_t *)(shared + i * page), expected[2 * pages + i] = next() | 1, words);
 	uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
 	if (uffd < 0 || ioctl(uffd, UFFDIO_API, &api))
 		return perror("userfaultfd"), 4;
@@ -118,6 +121,9 @@ int main(int argc, char **argv)
 			}
 			changes++;
 		}
+		/* CRIU takes shared memory whole, in each checkpoint. */
+		i = next() % (pages / 8);
+		fill((uint64_t *)(shared + i * page), expected[2 * pages + i] = next() | 1, words);
 		/* A mapping that nobody tracks. */
 		if (!late && changes > 20 * steps) {
 			late = mmap(NULL, pages / 16 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -132,6 +138,8 @@ int main(int argc, char **argv)
 		bad += differs((uint64_t *)(memory + i * page), expected[i], words);
 	for (i = 0; late && i < pages / 16; i++)
 		bad += differs((uint64_t *)(late + i * page), expected[pages + i], words);
+	for (i = 0; i < pages / 8; i++)
+		bad += differs((uint64_t *)(shared + i * page), expected[2 * pages + i], words);
 	result = fopen(argv[3], "w");
 	if (!result)
 		return perror("result"), 8;
