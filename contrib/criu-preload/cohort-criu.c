@@ -26,6 +26,11 @@
  * concerned: CRIU finds its pages by mincore(2) (criu/shmem.c), unless told otherwise by CRIU_TRACK_SHMEM,
  * and then nothing is changed here. The vDSO and asynchronous I/O rings are dumped whole in any case.
  *
+ * The fourth, where the environment has COHORT_CRIU_SKIP_SHMEM=DEV:INO,DEV:INO... : of these shared memory objects
+ * CRIU finds no data, see is_skipped.
+ *
+ * What else it does makes the time shorter that the container stands still: see stop.c.
+ *
  * It wraps syscall(2) itself, since CRIU calls the limit that way. It may need nothing that some C
  * library lacks: it is built with the host's compiler and runs beside the libraries of CRIU's own
  * prefix. The symbols it takes from there are __errno_location and getenv, which glibc and musl both have.
@@ -43,32 +48,11 @@
 #include <linux/netlink.h>
 #include <stdlib.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
+#include <unistd.h>
 
-/*
- * From include/uapi/linux/fs.h of Linux 6.7, which the headers of the host may not have yet.
- */
-struct scan {
-	uint64_t size;
-	uint64_t flags;
-	uint64_t start;
-	uint64_t end;
-	uint64_t walk_end;
-	uint64_t vec;
-	uint64_t vec_len;
-	uint64_t max_pages;
-	uint64_t category_inverted;
-	uint64_t category_mask;
-	uint64_t category_anyof_mask;
-	uint64_t return_mask;
-};
-
-#define SCAN 0xc0606610UL /* _IOWR('f', 16, struct pm_scan_arg) */
-#define SCAN_WRITTEN (1 << 1)
-#define SCAN_FILE (1 << 2)
-#define SCAN_PRESENT (1 << 3)
-#define SCAN_SWAPPED (1 << 4)
-#define SCAN_PFNZERO (1 << 5)
+#include "internal.h"
 
 /* Limits of a task as in /proc/PID/limits: 16 lines of under 80 characters (fs/proc/base.c). */
 #define LIMITS_SIZE 4096
@@ -80,7 +64,7 @@ struct limit {
 	uint64_t hard;
 };
 
-static long raw(long number, long a, long b, long c, long d, long e, long f)
+long raw(long number, long a, long b, long c, long d, long e, long f)
 {
 #if defined(__x86_64__)
 	long result;
@@ -112,7 +96,7 @@ static long raw(long number, long a, long b, long c, long d, long e, long f)
 #endif
 }
 
-static long answer(long result)
+long answer(long result)
 {
 	if (result < 0 && result >= -4095) {
 		errno = (int)-result;
@@ -133,7 +117,7 @@ static const char *const limit_names[LIMITS_COUNT] = {
 };
 
 /* append_number writes the digits of n at p and returns the place behind them. */
-static char *append_number(char *p, unsigned long n)
+char *append_number(char *p, unsigned long n)
 {
 	char digits[20];
 	int count = 0;
@@ -147,7 +131,7 @@ static char *append_number(char *p, unsigned long n)
 	return p;
 }
 
-static char *append_text(char *p, const char *text)
+char *append_text(char *p, const char *text)
 {
 	while (*text)
 		*p++ = *text++;
@@ -208,19 +192,28 @@ static int find_limit(const char *text, size_t size, unsigned int resource, stru
 	return -1;
 }
 
+/*
+ * read_limit reads the file once for all limits of a process: CRIU asks for them one after the other, while the process is
+ * frozen and cannot change them.
+ */
 static int read_limit(long pid, unsigned int resource, struct limit *limit)
 {
+	static char text[LIMITS_SIZE];
+	static size_t size;
+	static long of;
 	char path[48];
-	char text[LIMITS_SIZE];
-	size_t size = 0;
 	char *p;
 	long fd;
 
+	if (of == pid && resource != 0)
+		return find_limit(text, size, resource, limit);
 	p = append_text(path, "/proc/");
 	p = append_number(p, (unsigned long)pid);
 	p = append_text(p, "/limits");
 	*p = '\0';
 
+	of = 0;
+	size = 0;
 	fd = raw(SYS_openat, AT_FDCWD, (long)path, O_RDONLY | O_CLOEXEC, 0, 0, 0);
 	if (fd < 0)
 		return -1;
@@ -234,6 +227,7 @@ static int read_limit(long pid, unsigned int resource, struct limit *limit)
 		size += (size_t)count;
 	}
 	raw(SYS_close, fd, 0, 0, 0, 0, 0);
+	of = pid;
 	return find_limit(text, size, resource, limit);
 }
 
@@ -264,7 +258,7 @@ __attribute__((visibility("default"))) long syscall(long number, ...)
 }
 
 /* is_set says whether a variable of the environment is "1". */
-static int is_set(const char *name)
+int is_set(const char *name)
 {
 	const char *value = getenv(name);
 
@@ -351,7 +345,79 @@ __attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, 
 	if (request != SCAN || !is_dump_scan(scan) || !is_set("COHORT_CRIU_SKIP_CLEAN") || getenv("CRIU_TRACK_SHMEM"))
 		return (int)answer(raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0));
 	scan->category_mask |= SCAN_WRITTEN;
-	result = raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0);
+	result = scan_written(fd, scan);
 	scan->category_mask &= ~(uint64_t)SCAN_WRITTEN;
 	return (int)answer(result);
+}
+
+/* next_number reads a decimal number at *p and the character behind it, which must be end or the last one of all. */
+static int next_number(const char **p, char end, uint64_t *value)
+{
+	const char *begin = *p;
+
+	for (*value = 0; **p >= '0' && **p <= '9'; (*p)++)
+		*value = *value * 10 + (uint64_t)(**p - '0');
+	if (*p == begin || (**p != end && **p != '\0'))
+		return -1;
+	if (**p)
+		(*p)++;
+	return 0;
+}
+
+/* is_sysv says whether a descriptor is of System V shared memory, whose inode number is its id: a number among others. */
+static int is_sysv(int fd)
+{
+	static const char prefix[] = "/SYSV";
+	char path[48], link[sizeof(prefix) - 1];
+	char *p = append_text(path, "/proc/self/fd/");
+	size_t i;
+
+	*append_number(p, (unsigned long)fd) = '\0';
+	if (raw(SYS_readlinkat, AT_FDCWD, (long)path, (long)link, sizeof(link), 0, 0) != sizeof(link))
+		return 1;
+	for (i = 0; i < sizeof(link); i++)
+		if (link[i] != prefix[i])
+			return 0;
+	return 1;
+}
+
+/*
+ * is_skipped says whether a descriptor is of an object that somebody else copies (runtime/memory/shm). CRIU walks the
+ * data of anonymous shared memory and of memfds by lseek(2) (criu/shmem.c, next_data_segment), and writes
+ * pagemap-shmem-INO.img with the pages found: with none, it is the same image without entries.
+ */
+static int is_skipped(int fd)
+{
+	const char *list = getenv("COHORT_CRIU_SKIP_SHMEM");
+	uint64_t dev, ino;
+	struct stat st;
+
+	if (!list || !*list || fd < 0 || getenv("CRIU_TRACK_SHMEM") || raw(SYS_fstat, fd, (long)&st, 0, 0, 0, 0) != 0)
+		return 0;
+	while (*list) {
+		if (next_number(&list, ':', &dev) || next_number(&list, ',', &ino))
+			return 0;
+		if (dev == (uint64_t)st.st_dev && ino == (uint64_t)st.st_ino)
+			return !is_sysv(fd);
+	}
+	return 0;
+}
+
+/* off_t has 64 bits in both architectures: lseek and lseek64, which CRIU calls with glibc, are the same. */
+static long seek(int fd, long offset, int whence)
+{
+	if (whence == SEEK_DATA && offset >= 0 && is_skipped(fd))
+		return answer(-ENXIO);
+	return answer(raw(SYS_lseek, fd, offset, whence, 0, 0, 0));
+}
+
+__attribute__((visibility("default"))) off_t lseek(int fd, off_t offset, int whence)
+{
+	return seek(fd, offset, whence);
+}
+
+#undef lseek64
+__attribute__((visibility("default"))) long lseek64(int fd, long offset, int whence)
+{
+	return seek(fd, offset, whence);
 }

@@ -13,7 +13,7 @@
 MAX_RUN_LENGTH=38
 
 # The longest wait for a daemon to come up or to end, in seconds.
-WAIT_LIMIT=${COHORT_WAIT_LIMIT:-30}
+WAIT_LIMIT=${COHORT_WAIT_LIMIT:-120}
 
 # parse_instance ARGUMENT... sets RUN_DIR, the real folder of the instance, from --run DIR or RUNDIR, RUN and
 # ADDRESS, by which it is reached, and IMAGES, the images that it wants.

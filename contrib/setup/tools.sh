@@ -95,7 +95,7 @@ tools_criu() {
 build_preload() {
 	gcc -O2 -Wall -Wextra -Werror -fPIC -shared -nostdlib -fno-builtin -fno-stack-protector \
 		-fno-tree-loop-distribute-patterns -fvisibility=hidden -Wl,-soname,libcohort-criu.so -Wl,-z,now \
-		-o "$1" "$PROJECT_DIR/contrib/criu-preload/cohort-criu.c"
+		-o "$1" "$PROJECT_DIR"/contrib/criu-preload/*.c
 }
 
 tools_containerd() {
@@ -163,6 +163,6 @@ setup_containerd() {
 setup_tools() {
 	tool_step debian tools_debian "$TOOLS_SUITE" "$TOOLS_PACKAGES" "$(declare -f wrap wrap_iptables debian_extract)"
 	tool_step criu tools_criu "$CRIU_SUITES" "$CRIU_PACKAGES" "$CRIU_MIN_VERSION" "$(declare -f wrap debian_extract build_preload)" \
-		"@$PROJECT_DIR/contrib/criu-preload/cohort-criu.c"
+		"@$PROJECT_DIR/contrib/criu-preload/cohort-criu.c" "@$PROJECT_DIR/contrib/criu-preload/stop.c" "@$PROJECT_DIR/contrib/criu-preload/smaps.c" "@$PROJECT_DIR/contrib/criu-preload/gate.c" "@$PROJECT_DIR/contrib/criu-preload/internal.h"
 	tool_step runc tools_runc "$RUNC_VERSION" "$TOOLS_SUITE"
 }

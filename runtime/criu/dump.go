@@ -42,6 +42,17 @@ type Config struct {
 	// SkipClean leaves out pages of tracked private mappings that were not written
 	// since they were last taken: somebody else has them (runtime/memory/precopy).
 	SkipClean bool
+	// SkipShared lists shared memory objects that are left out, DEV:INO,DEV:INO,
+	// because somebody else has them whole (runtime/memory/shm).
+	SkipShared string
+	// PreDumped says that ImagesDir has the images of PreDumps as its parent.
+	PreDumped bool
+	// SkipTmpfs leaves the images of the tmpfs mounts that CRIU would archive empty
+	// where CRIU obeys (contrib/criu-preload): the caller fills them. See runtime/tmpfs.
+	SkipTmpfs bool
+	// InMemory keeps the images in memory until [Dump.Save]. It is for dumps whose
+	// pages are few: making a file costs several times less there.
+	InMemory bool
 }
 
 // Dump is a dump under way. Its methods are called from one goroutine, except
@@ -49,14 +60,18 @@ type Config struct {
 type Dump struct {
 	s    *swrk
 	cfg  Config
-	imgs *os.File
-	work *os.File
+	imgs *os.File // the images directory, or one in memory
+	work *os.File // where CRIU logs: the work directory, or one in memory
+	// memory is set where both are a file system that this process alone can reach.
+	memory bool
+	// gate is nil where CRIU has no such thing.
+	gate *gate
 	// managed is set if the container's cgroups are part of the dump.
 	managed bool
 }
 
-// Start starts CRIU and returns when it waits at "pre-dump". No task of the
-// container has been touched then.
+// Start starts CRIU and returns when it waits to be let at the tasks: before it looks for
+// them, or at "pre-dump". No task of the container has been touched then.
 func Start(ctx context.Context, cfg Config) (_ *Dump, retErr error) {
 	opts, err := cfg.Container.dumpOptions(cfg.FreezeCgroup, cfg.External)
 	if err != nil {
@@ -68,11 +83,8 @@ func Start(ctx context.Context, cfg Config) (_ *Dump, retErr error) {
 			d.closeFiles()
 		}
 	}()
-	if d.imgs, err = os.Open(cfg.ImagesDir); err != nil {
-		return nil, fmt.Errorf("open images directory: %w", err)
-	}
-	if d.work, err = os.Open(cfg.WorkDir); err != nil {
-		return nil, fmt.Errorf("open CRIU work directory: %w", err)
+	if err := d.openDirs(); err != nil {
+		return nil, err
 	}
 	if err := cfg.Container.writeDescriptors(cfg.ImagesDir); err != nil {
 		return nil, err
@@ -81,9 +93,26 @@ func Start(ctx context.Context, cfg Config) (_ *Dump, retErr error) {
 	if cfg.SkipClean {
 		env = append(env, "COHORT_CRIU_SKIP_CLEAN=1") // see contrib/criu-preload
 	}
-	if d.s, err = startSwrk(cfg.WorkDir, env...); err != nil {
+	if cfg.SkipShared != "" {
+		env = append(env, "COHORT_CRIU_SKIP_SHMEM="+cfg.SkipShared)
+	}
+	if cfg.FreezeCgroup != "" {
+		env = append(env, "COHORT_CRIU_SMAPS="+cfg.FreezeCgroup)
+	}
+	if cfg.SkipTmpfs {
+		env = append(env, "COHORT_CRIU_NO_TAR=1")
+	}
+	gate, far, err := newGate()
+	if err != nil {
 		return nil, err
 	}
+	d.s, err = startSwrk(cfg.WorkDir, far, append(env, gateEnv)...)
+	far.Close()
+	if err != nil {
+		gate.close()
+		return nil, err
+	}
+	d.gate = gate
 	pid := d.s.cmd.Process.Pid
 	// CRIU opens both through /proc/PID/fd of its peer, which is this process
 	// (criu/cr-service.c, resolve_images_dir_path).
@@ -92,6 +121,7 @@ func Start(ctx context.Context, cfg Config) (_ *Dump, retErr error) {
 	if cfg.FreezeCgroup != "" {
 		opts.FreezeCgroup = proto.String(cfg.FreezeCgroup)
 	}
+	cfg.addParent(opts)
 	stop := context.AfterFunc(ctx, d.s.kill)
 	defer stop()
 	t := rpc.CriuReqType_DUMP
@@ -103,11 +133,34 @@ func Start(ctx context.Context, cfg Config) (_ *Dump, retErr error) {
 	if err == nil {
 		err = expect(resp, "pre-dump")
 	}
+	if err == nil {
+		err = d.approach(ctx)
+	}
 	if err != nil {
 		d.Kill()
 		return nil, d.explain(err)
 	}
 	return d, nil
+}
+
+// approach lets CRIU go on to the gate, if it has one.
+func (d *Dump) approach(ctx context.Context) error {
+	if !d.gate.isThere() {
+		d.gate.close()
+		d.gate = nil
+		return nil
+	}
+	if err := d.s.ack(true); err != nil {
+		return fmt.Errorf("let CRIU go: %w", err)
+	}
+	err := d.gate.await(ctx, gateTasks)
+	if err != nil {
+		// It may have said why.
+		if resp, recvErr := d.s.recv(); recvErr == nil && !resp.GetSuccess() {
+			err = respError(resp)
+		}
+	}
+	return err
 }
 
 func expect(resp *rpc.CriuResp, script string) error {
@@ -131,16 +184,34 @@ func respError(resp *rpc.CriuResp) error {
 // Pid of the CRIU process, for the undo record.
 func (d *Dump) Pid() int { return d.s.cmd.Process.Pid }
 
-// Finish lets CRIU dump the (frozen) container. atPostDump runs when all is in
-// the images and all tasks are still stopped; its error fails the dump, and
-// CRIU then leaves the tasks as they were. When Finish returns, CRIU is gone
-// and the cgroup is frozen as before.
+// Finish lets CRIU dump the (frozen) container. before runs first, beside what CRIU can do
+// without changing anything in a task, and the dump fails if it does. atPostDump runs when all is in
+// the images and all tasks are still stopped; its error fails the dump too, and
+// CRIU then leaves the tasks as they were. When Finish returns without an error CRIU
+// has let go of the tasks, the cgroup is frozen as before, and [Dump.Save] is due;
+// after an error CRIU is gone, but for one of before's where it has not begun.
 //
 // When ctx ends, Finish waits for grace before it kills CRIU: a CRIU killed in
 // mid-dump leaves its parasite code in the tasks.
-func (d *Dump) Finish(ctx context.Context, grace time.Duration, atPostDump func() error) error {
-	defer d.closeFiles()
-	defer d.s.close(context.WithoutCancel(ctx))
+func (d *Dump) Finish(ctx context.Context, grace time.Duration, before, atPostDump func() error) error {
+	let := func() error { return d.s.ack(true) }
+	ready := func() error { return nil }
+	if d.gate != nil {
+		let = func() error { return d.gate.open(gateTasks) }
+		ready = d.gate.openAfter(before)
+	} else if err := before(); err != nil {
+		return err
+	}
+	done := false
+	defer func() {
+		// CRIU answers when it has detached from all tasks. What is left for it to do,
+		// to end, takes a millisecond in which the container may run.
+		if !done {
+			_ = d.s.close(context.WithoutCancel(ctx))
+			d.closeFiles()
+			_ = ready() // its error is not why
+		}
+	}()
 	stop := context.AfterFunc(ctx, func() {
 		select {
 		case <-time.After(grace):
@@ -149,7 +220,8 @@ func (d *Dump) Finish(ctx context.Context, grace time.Duration, atPostDump func(
 		}
 	})
 	defer stop()
-	if err := d.s.ack(true); err != nil {
+	hurry(d.Pid())
+	if err := let(); err != nil {
 		return d.explain(fmt.Errorf("let CRIU go: %w", err))
 	}
 	var hookErr error
@@ -165,15 +237,31 @@ func (d *Dump) Finish(ctx context.Context, grace time.Duration, atPostDump func(
 			return d.explain(respError(resp))
 		}
 		if resp.GetType() != rpc.CriuReqType_NOTIFY {
-			return errors.Join(hookErr, d.forgetCgroup())
+			done = hookErr == nil
+			return hookErr
 		}
 		if resp.GetNotify().GetScript() == "post-dump" {
-			hookErr = errors.Join(ctx.Err(), atPostDump())
+			hookErr = errors.Join(ctx.Err(), ready(), atPostDump())
 		}
 		if err := d.s.ack(hookErr == nil); err != nil {
 			return d.explain(errors.Join(hookErr, err))
 		}
 	}
+}
+
+// Save completes a dump that Finish has finished: when it returns, CRIU is gone and the
+// images and the log are in their directories. The container may run meanwhile.
+func (d *Dump) Save(ctx context.Context) error {
+	defer d.closeFiles()
+	if err := d.s.close(ctx); err != nil {
+		return fmt.Errorf("wait for CRIU to end: %w", err)
+	}
+	if d.memory {
+		if err := d.moveImages(); err != nil {
+			return fmt.Errorf("write the images of container %s: %w", d.cfg.Container.ID, err)
+		}
+	}
+	return d.forgetCgroup()
 }
 
 // forgetCgroup removes the image of the cgroups where they were not managed. CRIU
@@ -203,6 +291,7 @@ func (d *Dump) Cancel(ctx context.Context) error {
 func (d *Dump) Kill() {
 	d.s.kill()
 	<-d.s.done
+	d.saveLog()
 	d.closeFiles()
 }
 
@@ -212,8 +301,13 @@ func (d *Dump) closeFiles() {
 			f.Close()
 		}
 	}
+	d.imgs, d.work = nil, nil
+	if d.gate != nil {
+		d.gate.close()
+	}
 }
 
 func (d *Dump) explain(err error) error {
+	d.saveLog()
 	return Explain(err, filepath.Join(d.cfg.WorkDir, LogFile))
 }

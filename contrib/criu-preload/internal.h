@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+
+/* What the files of libcohort-criu.so share. Nothing of it is visible outside of the library. */
+
+#ifndef COHORT_CRIU_INTERNAL_H
+#define COHORT_CRIU_INTERNAL_H
+
+#include <stdint.h>
+
+/*
+ * From include/uapi/linux/fs.h of Linux 6.7, which the headers of the host may not have yet.
+ */
+struct scan {
+	uint64_t size;
+	uint64_t flags;
+	uint64_t start;
+	uint64_t end;
+	uint64_t walk_end;
+	uint64_t vec;
+	uint64_t vec_len;
+	uint64_t max_pages;
+	uint64_t category_inverted;
+	uint64_t category_mask;
+	uint64_t category_anyof_mask;
+	uint64_t return_mask;
+};
+
+#define SCAN 0xc0606610UL /* _IOWR('f', 16, struct pm_scan_arg) */
+#define SCAN_WRITTEN (1 << 1)
+#define SCAN_FILE (1 << 2)
+#define SCAN_PRESENT (1 << 3)
+#define SCAN_SWAPPED (1 << 4)
+#define SCAN_PFNZERO (1 << 5)
+
+/* raw makes a system call and returns what the kernel does: an error as its negative number. */
+long raw(long number, long a, long b, long c, long d, long e, long f);
+
+/* answer turns the kernel's result into the C library's, with errno. */
+long answer(long result);
+
+/* append_number and append_text write at p and return the place behind. */
+char *append_number(char *p, unsigned long n);
+char *append_text(char *p, const char *text);
+
+/* is_set says whether a variable of the environment is "1". */
+int is_set(const char *name);
+
+/* scan_written does a scan that asks for SCAN_WRITTEN among others, faster than the kernel alone. */
+long scan_written(int fd, struct scan *scan);
+
+/*
+ * note_mappings reads the mappings of the processes to be dumped, and keep_noted reads them again when they change, until
+ * there is something to read from the socket.
+ */
+void note_mappings(int socket);
+void keep_noted(int socket);
+
+#endif

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package criu
+
+import (
+	"errors"
+	"os"
+	"testing"
+	"time"
+)
+
+// far is CRIU's end of a gate.
+func far(t *testing.T) (*gate, *os.File) {
+	t.Helper()
+	g, f, err := newGate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		g.close()
+		f.Close()
+	})
+	return g, f
+}
+
+func say(t *testing.T, f *os.File, what byte) {
+	t.Helper()
+	if _, err := f.Write([]byte{what}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func hear(t *testing.T, f *os.File) byte {
+	t.Helper()
+	var b [1]byte
+	if _, err := f.Read(b[:]); err != nil {
+		t.Fatal(err)
+	}
+	return b[0]
+}
+
+func TestCRIUIsLetAtTheTasksAfterWhatGoesBefore(t *testing.T) {
+	for _, want := range []error{nil, errors.New("the scan failed")} {
+		g, f := far(t)
+		say(t, f, gateHello)
+		if !g.isThere() {
+			t.Fatal("the gate is not there")
+		}
+		say(t, f, gateTasks)
+		if err := g.await(t.Context(), gateTasks); err != nil {
+			t.Fatal(err)
+		}
+		if err := g.open(gateTasks); err != nil || hear(t, f) != 'a' {
+			t.Fatalf("the first gate stays closed (%v)", err)
+		}
+		finish, finished := make(chan struct{}), make(chan struct{})
+		ready := g.openAfter(func() error {
+			<-finish
+			close(finished)
+			return want
+		})
+		say(t, f, gateTouch)
+		time.AfterFunc(20*time.Millisecond, func() { close(finish) })
+		if got := hear(t, f); got != 'b' {
+			t.Errorf("the second gate says %q", got)
+		}
+		select {
+		case <-finished:
+		default:
+			t.Error("CRIU was let at the tasks before its time")
+		}
+		for range 2 {
+			if err := ready(); !errors.Is(err, want) || (want == nil && err != nil) {
+				t.Errorf("%v; want %v", err, want)
+			}
+		}
+	}
+}
+
+func TestCRIUThatKnowsNoGateIsNotedBeforeItIsLetGo(t *testing.T) {
+	g, f := far(t)
+	if g.isThere() {
+		t.Error("a gate is there that nobody spoke of")
+	}
+	// One that speaks of it and passes, or dies, is found out.
+	ready := g.openAfter(func() error { return nil })
+	f.Close()
+	if ready() == nil {
+		t.Error("CRIU has not waited and nobody noticed")
+	}
+}
