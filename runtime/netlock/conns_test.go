@@ -49,6 +49,32 @@ func wire(t *testing.T, a, b string) {
 		})
 		loUp(t, ns)
 	}
+	for _, ns := range []string{a, b} {
+		awaitOper(t, ns, "eth0")
+	}
+}
+
+// awaitOper returns when a link carries packets. Until the kernel's link watch
+// has run, up to a second after both ends are up, it drops what is sent
+// (net/core/link_watch.c: LW_URGENT, dev_activate).
+func awaitOper(t *testing.T, ns, name string) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(5 * time.Millisecond) {
+		var state netlink.LinkOperState
+		in(t, ns, func() error {
+			link, err := netlink.LinkByName(name)
+			if err == nil {
+				state = link.Attrs().OperState
+			}
+			return err
+		})
+		if state == netlink.OperUp {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("link %s is %s", name, state)
+		}
+	}
 }
 
 // across is a connection from a to b.

@@ -30,6 +30,9 @@ type Member struct {
 	// CriuError says why.
 	CriuVersion int
 	CriuError   string
+	// MemoryError is why the memory engine that was asked for cannot be used (package
+	// engine); empty if it can.
+	MemoryError string
 	// StorageAddress is the socket of the storage service in its root directory;
 	// empty if the rootfs is not on the cohort snapshotter.
 	StorageAddress string
@@ -124,6 +127,9 @@ func Check(ctx context.Context, members []Member, opts Options) (Report, error) 
 	}
 	for _, m := range c.members {
 		c.criu(m)
+		if m.MemoryError != "" {
+			c.find(Refuse, CodeMemory, m, nil, "leave the choice to cohort, or take one that 'cohort check' names", "cannot have its memory taken as was asked for: %s", m.MemoryError)
+		}
 		if err := c.read(ctx, m); err != nil {
 			return c.report, fmt.Errorf("preflight: %w", err)
 		}

@@ -5,6 +5,7 @@ package preflight
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -215,6 +216,7 @@ func TestWhatTheShimTellsIsJudged(t *testing.T) {
 		"paused":       {change(func(m *Member) { m.Status = "paused" }), Options{}, CodeStatus, []string{"resume"}},
 		"created":      {change(func(m *Member) { m.Status = "created" }), Options{}, CodeStatus, []string{"start"}},
 		"stopped":      {change(func(m *Member) { m.Status, m.InitPid = "stopped", 0 }), Options{}, CodeGone, []string{"no running process"}},
+		"memory":       {change(func(m *Member) { m.MemoryError = "kernel 6.1 has no PAGEMAP_SCAN" }), Options{}, CodeMemory, []string{"kernel 6.1 has no PAGEMAP_SCAN", "cohort check"}},
 		"no CRIU":      {change(func(m *Member) { m.CriuVersion, m.CriuError = 0, "not found in PATH" }), Options{}, CodeCRIU, []string{"not found in PATH", "4.2"}},
 		"old CRIU":     {change(func(m *Member) { m.CriuVersion = 31701 }), Options{}, CodeCRIU, []string{"3.17.1", "4.2.0"}},
 		"no room":      {change(func(m *Member) { m.MemoryBytes = 1 << 60 }), Options{CaptureDir: os.TempDir()}, CodeDisk, []string{os.TempDir(), "free"}},
@@ -533,5 +535,35 @@ func TestFortyProcessesTakeUnderFiftyMilliseconds(t *testing.T) {
 	t.Logf("40 processes in %s", best)
 	if best > 50*time.Millisecond {
 		t.Errorf("40 processes took %s, want under 50 ms", best)
+	}
+}
+
+// What passes while it is looked at is no reason to refuse.
+func TestAProcessThatIsTracedForAMomentIsNotRefused(t *testing.T) {
+	m := container(t, "a")
+	attached, detached := make(chan error), make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // ptrace(2) belongs to a thread
+		err := unix.PtraceSeize(m.InitPid)
+		attached <- err
+		if err != nil {
+			return
+		}
+		time.Sleep(100 * time.Millisecond)
+		if err = unix.PtraceInterrupt(m.InitPid); err == nil {
+			_, err = unix.Wait4(m.InitPid, nil, unix.WALL, nil)
+		}
+		detached <- errors.Join(err, unix.PtraceDetach(m.InitPid))
+	}()
+	if err := <-attached; err != nil {
+		require(t, false, "ptrace: "+err.Error())
+	}
+	for _, f := range check(t, Options{}, m).Findings {
+		if f.Code == CodeTraced {
+			t.Errorf("refused: %v", f)
+		}
+	}
+	if err := <-detached; err != nil {
+		t.Error(err)
 	}
 }

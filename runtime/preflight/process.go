@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -40,13 +41,41 @@ func ended(err error) bool {
 	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESRCH)
 }
 
+// settleTime is how long a process may take to get over a state that mostly lasts
+// for milliseconds, and settlePause the time between two looks: nothing tells its end.
+const (
+	settleTime  = time.Second
+	settlePause = 5 * time.Millisecond
+)
+
+// passing tells whether a process is in such a state: the other threads of one that
+// exits end after its main thread, and the tracer may be another checkpoint's page tracking.
+func (p *process) passing() bool {
+	return p.tracer != 0 || (p.state == 'Z' && p.threads > 1)
+}
+
+// settled reads a process when it has got over what passes, or not in time.
+func settled(ctx context.Context, pid int) (*process, error) {
+	for begun := time.Now(); ; {
+		p, err := readProcess(pid)
+		if err != nil || !p.passing() || time.Since(begun) > settleTime {
+			return p, err
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(settlePause):
+		}
+	}
+}
+
 // read takes in what concerns all processes of a member.
 func (c *checker) read(ctx context.Context, m *member) error {
 	for _, pid := range m.Pids {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		p, err := readProcess(pid)
+		p, err := settled(ctx, pid)
 		if err == nil && p.state != 'Z' {
 			p.namespaces, err = namespaces(strconv.Itoa(pid))
 		}

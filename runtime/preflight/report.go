@@ -26,6 +26,7 @@ const (
 const (
 	CodeCRIU        = "criu"
 	CodeDisk        = "disk"
+	CodeMemory      = "memory"
 	CodeStatus      = "status"
 	CodeGone        = "gone"
 	CodeHostNetwork = "host-network"
