@@ -4,6 +4,7 @@ package snapshotter
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -227,4 +228,86 @@ func TestActiveUpperAcceptsNothingElse(t *testing.T) {
 			t.Errorf("%q accepted", bad)
 		}
 	}
+}
+
+// layer is the directory of a committed snapshot, as the mounts above it name it.
+func (w *world) layer(name string) string {
+	w.Helper()
+	m, err := w.sn.View(w.Context(), "view of "+name, name)
+	w.must(err)
+	w.must(w.sn.Remove(w.Context(), "view of "+name))
+	for _, o := range m[0].Options {
+		if lowers, ok := strings.CutPrefix(o, "lowerdir="); ok {
+			top, _, _ := strings.Cut(lowers, ":")
+			return top
+		}
+	}
+	return m[0].Source
+}
+
+func TestCommittedUpperAcceptsNothingElse(t *testing.T) {
+	w := one(t)
+	w.must(w.unpack("", "base", func(string) {}))
+	_, err := w.sn.Prepare(w.Context(), "c", "base")
+	w.must(err)
+	_, err = w.sn.View(w.Context(), "v", "base")
+	w.must(err)
+	layer := w.layer("base")
+	w.must(w.sn.CommittedUpper(w.Context(), layer))
+	for _, bad := range []string{
+		"", "/etc", w.root, layer + "/", layer + "/..", w.path("snapshots/999/fs"),
+		w.path("snapshots", w.id("c"), "fs"), w.path("snapshots/3/fs"), filepath.Dir(layer),
+	} {
+		if err := w.sn.CommittedUpper(w.Context(), bad); err == nil {
+			t.Errorf("%q accepted", bad)
+		}
+	}
+}
+
+func TestIncrementIsALayerOnItsParents(t *testing.T) {
+	each(t, func(w *world) {
+		w.must(w.unpack("", "base", func(dir string) { write(w, dir+"/lower", "l"); write(w, dir+"/dropped", "d") }))
+		m, err := w.sn.Prepare(w.Context(), "container", "base")
+		w.must(err)
+		parent, uppers := "base", []string(nil)
+		w.mounted(m, func(dir string) {
+			write(w, dir+"/data/stays", "12345")
+			for n := range 3 {
+				write(w, dir+"/data/changes", fmt.Sprint(n))
+				write(w, dir+"/new"+fmt.Sprint(n), "n")
+				if n > 0 {
+					w.must(os.Remove(dir + "/new" + fmt.Sprint(n-1)))
+				}
+				id := fmt.Sprintf("%032x", n)
+				_, err := w.store.Open(w.Context(), id, w.path("snapshots", w.id("container"), "fs"), leaseForTests, nil)
+				w.must(err)
+				_, err = w.store.Take(w.Context(), id, 0)
+				w.must(err)
+				info, err := w.store.Seal(w.Context(), id, uppers...)
+				w.must(err)
+				if n > 0 && (info.StorageBytes != 2 || info.UnchangedBytes != 5) {
+					w.Errorf("increment %d: %+v", n, info)
+				}
+				key := "layer" + fmt.Sprint(n)
+				_, err = w.sn.Prepare(w.Context(), "adopt"+key, parent, adopt(LabelAdoptFS, id))
+				w.must(err)
+				w.must(w.sn.Commit(w.Context(), key, "adopt"+key))
+				parent, uppers = key, append([]string{w.layer(key)}, uppers...)
+			}
+		})
+		m, err = w.sn.View(w.Context(), "check", parent)
+		w.must(err)
+		w.mounted(m, func(dir string) {
+			for name, want := range map[string]string{"lower": "l", "dropped": "d", "data/stays": "12345", "data/changes": "2", "new2": "n"} {
+				if got, err := os.ReadFile(filepath.Join(dir, name)); err != nil || string(got) != want {
+					w.Errorf("%s: %q, %v", name, got, err)
+				}
+			}
+			entries, err := os.ReadDir(dir)
+			w.must(err)
+			if len(entries) != 4 {
+				w.Errorf("the chain shows %v", entries)
+			}
+		})
+	})
 }

@@ -210,6 +210,16 @@ func (s *Snapshotter) Walk(ctx context.Context, fn snapshots.WalkFunc, filters .
 // ActiveUpper refuses a directory that is not the upper directory of an active
 // snapshot, exactly as in the options of its mount.
 func (s *Snapshotter) ActiveUpper(ctx context.Context, dir string) error {
+	return s.checkUpper(ctx, dir, snapshots.KindActive, "nothing writes to it")
+}
+
+// CommittedUpper refuses a directory that is not the layer of a committed snapshot,
+// exactly as in the options of the mounts above it.
+func (s *Snapshotter) CommittedUpper(ctx context.Context, dir string) error {
+	return s.checkUpper(ctx, dir, snapshots.KindCommitted, "it may still change")
+}
+
+func (s *Snapshotter) checkUpper(ctx context.Context, dir string, kind snapshots.Kind, otherwise string) error {
 	id, ok := strings.CutPrefix(dir, filepath.Join(s.root, "snapshots")+"/")
 	id, isFS := strings.CutSuffix(id, "/fs")
 	if !ok || !isFS || id == "" || strings.Trim(id, "0123456789") != "" {
@@ -228,8 +238,8 @@ func (s *Snapshotter) ActiveUpper(ctx context.Context, dir string) error {
 		if err != nil {
 			return err
 		}
-		if info.Kind != snapshots.KindActive {
-			return fmt.Errorf("snapshot %q of %s is not active, nothing writes to it: %w", key, dir, errdefs.ErrFailedPrecondition)
+		if info.Kind != kind {
+			return fmt.Errorf("snapshot %q of %s is not %s, %s: %w", key, dir, strings.ToLower(kind.String()), otherwise, errdefs.ErrFailedPrecondition)
 		}
 		return nil
 	})

@@ -40,6 +40,8 @@ type Backend interface {
 type Capture interface {
 	// Take fixes the content: every byte written to src before the call is in the
 	// capture, dirty pages included, and none that is written after it returned.
+	// Called again, it fixes the content of that moment instead. What a Take that fails
+	// has left is made good by the next.
 	Take(ctx context.Context) error
 
 	// Seal completes dst after Take. It does not flush dst to the disk.
@@ -48,6 +50,16 @@ type Capture interface {
 	// Close ends what runs in the background on behalf of the capture and gives up what
 	// only Seal needs, in any state. It does not remove dst and may be called again.
 	Close() error
+}
+
+// Reducer is a Capture that need not copy what its caller does not want.
+type Reducer interface {
+	Capture
+
+	// SealReduced is Seal, except that it calls choose with the captured tree, which may only
+	// be read and is gone afterwards, and leaves out of dst the paths that choose returns, a
+	// directory with everything in it. After an error it may be called again, or Seal.
+	SealReduced(ctx context.Context, choose func(src string) (without map[string]struct{}, err error)) error
 }
 
 // syncfs writes back everything dirty on the file system that holds dir.

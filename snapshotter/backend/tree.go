@@ -38,6 +38,8 @@ type tree struct {
 	trustTimes bool
 	// static says that nobody writes to src, so no flush is needed to read it.
 	static bool
+	// without are paths that are left out.
+	without map[string]struct{}
 
 	seen  map[string]stamp
 	links map[uint64]string // inode → path in dst, of files with several links, this pass
@@ -180,6 +182,9 @@ func (t *tree) entry(ctx context.Context, s, d *os.File, dir, name string, last 
 		return false, err
 	}
 	rel := filepath.Join(dir, name)
+	if _, ok := t.without[rel]; ok {
+		return false, nil
+	}
 	var st unix.Stat_t
 	if err := unix.Fstatat(int(s.Fd()), name, &st, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 		return false, err

@@ -17,6 +17,14 @@
 // nothing, because everything else stands still meanwhile. Nothing depends on it,
 // since a capture that is open and one that is taken are both discarded at start.
 //
+// # Increments
+//
+// Seal may be given the layers of earlier captures of the same container, as snapshots.
+// fs is then left with what changed since (package overlay). On btrfs what did
+// not change is never cloned, elsewhere it is removed again. Nothing is recorded before that
+// is done: a crash in the middle leaves an unsealed capture, and an error in the middle one
+// that can only be discarded.
+//
 // # Adoption
 //
 // A new snapshot may take over fs or checkpoint of a sealed capture, by

@@ -44,6 +44,8 @@ type record struct {
 	Created time.Time         `json:"created"`
 	// StorageBytes is the size of the regular files in fs, known once sealed.
 	StorageBytes uint64 `json:"storage_bytes,omitempty"`
+	// UnchangedBytes is the size of those that were left to the layers below.
+	UnchangedBytes uint64 `json:"unchanged_bytes,omitempty"`
 	// Adopted says which snapshot took which part.
 	Adopted map[Part]adoption `json:"adopted,omitempty"`
 }

@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cohort-project/cohort/snapshotter/backend"
+	"github.com/cohort-project/cohort/snapshotter/overlay"
 )
 
 // Leases of unsealed captures: the length when a caller names none, and the longest
@@ -38,6 +39,8 @@ type Info struct {
 	Dir string
 	// StorageBytes is the size of the regular files in fs; 0 until sealed.
 	StorageBytes uint64
+	// UnchangedBytes is the size of the regular files that Seal left to the layers below.
+	UnchangedBytes uint64
 }
 
 // Path is the directory of one part of the capture.
@@ -64,6 +67,11 @@ type capture struct {
 	expiry *time.Timer
 	took   time.Duration
 	gone   bool
+
+	// What Seal has done to fs, for a second one after an error.
+	uppers  []string // that fs is being reduced against
+	reduced *overlay.Delta
+	torn    bool // half reduced
 }
 
 // NewStore opens the captures in root, discarding what an earlier process left
@@ -191,22 +199,22 @@ func (s *Store) Open(ctx context.Context, id, upper string, lease time.Duration,
 	return c.info(), nil
 }
 
-// Take fixes the content and tells how long that took. A second call returns the
-// time of the first.
+// Take fixes the content and tells how long that took. A second call replaces what the
+// first has taken: its caller knows that the content has changed. A sealed capture stays.
 func (s *Store) Take(ctx context.Context, id string, lease time.Duration) (time.Duration, error) {
 	c, err := s.lock(id)
 	if err != nil {
 		return 0, err
 	}
 	defer c.mu.Unlock()
-	if c.rec.State != Open {
+	if c.rec.State == Sealed {
 		return c.took, nil
 	}
 	begin := time.Now()
 	if err := c.live.Take(ctx); err != nil {
 		return 0, fmt.Errorf("take capture %s: %w", id, err)
 	}
-	c.took = time.Since(begin)
+	c.took += time.Since(begin)
 	c.rec.State = Taken // not written: see the package's documentation
 	if lease > 0 {
 		s.renew(c, lease)
@@ -214,8 +222,10 @@ func (s *Store) Take(ctx context.Context, id string, lease time.Duration) (time.
 	return c.took, nil
 }
 
-// Seal completes the capture and makes it durable. A second call does nothing.
-func (s *Store) Seal(ctx context.Context, id string) (Info, error) {
+// Seal completes the capture and makes it durable. Where uppers are given, layers of
+// snapshots that were captured of the same container before, newest first, fs is left with
+// only what changed since. A second call does nothing.
+func (s *Store) Seal(ctx context.Context, id string, uppers ...string) (Info, error) {
 	c, err := s.lock(id)
 	if err != nil {
 		return Info{}, err
@@ -227,11 +237,14 @@ func (s *Store) Seal(ctx context.Context, id string) (Info, error) {
 	case Open:
 		return Info{}, fmt.Errorf("capture %s was not taken, there is nothing to seal: %w", id, errdefs.ErrFailedPrecondition)
 	}
-	if err := c.live.Seal(ctx); err != nil {
+	sealed := c.rec
+	if sealed.UnchangedBytes, err = s.fill(ctx, c, uppers); err != nil {
 		return Info{}, fmt.Errorf("seal capture %s: %w", id, err)
 	}
-	size, err := regularBytes(c.part(FS))
-	if err != nil {
+	if err := removeMountPoints(c.part(FS)); err != nil {
+		return Info{}, fmt.Errorf("seal capture %s: %w", id, err)
+	}
+	if sealed.StorageBytes, err = regularBytes(c.part(FS)); err != nil {
 		return Info{}, err
 	}
 	// Both parts are on one file system, and its other writers' data is all that is
@@ -239,8 +252,7 @@ func (s *Store) Seal(ctx context.Context, id string) (Info, error) {
 	if err := syncfs(c.dir); err != nil {
 		return Info{}, err
 	}
-	sealed := c.rec
-	sealed.State, sealed.StorageBytes = Sealed, size
+	sealed.State = Sealed
 	if err := sealed.write(c.dir); err != nil {
 		return Info{}, err
 	}
@@ -358,10 +370,40 @@ func (s *Store) remove(dir string) error {
 	return os.RemoveAll(dir)
 }
 
+// criuMount is how the names of empty directories begin that CRIU makes and removes in a
+// container's /tmp (criu/mount.c, get_clean_mnt). Take may fall between the two.
+const criuMount = "cr-tmpfs."
+
+func removeMountPoints(fs string) error {
+	root, err := os.OpenRoot(fs) // the container decides what /tmp is
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	tmp, err := root.Open("tmp")
+	if err != nil {
+		return nil // there is none, or it leads out of the container's files
+	}
+	defer tmp.Close()
+	names, err := tmp.Readdirnames(-1)
+	if err != nil {
+		return nil // it is no directory
+	}
+	for _, name := range names {
+		if strings.HasPrefix(name, criuMount) {
+			// One that is not empty is not CRIU's.
+			if err := root.Remove(filepath.Join("tmp", name)); err != nil && !errors.Is(err, unix.ENOTEMPTY) {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
 func (c *capture) part(p Part) string { return filepath.Join(c.dir, string(p)) }
 
 func (c *capture) info() Info {
-	return Info{ID: filepath.Base(c.dir), State: c.rec.State, Labels: maps.Clone(c.rec.Labels), Dir: c.dir, StorageBytes: c.rec.StorageBytes}
+	return Info{ID: filepath.Base(c.dir), State: c.rec.State, Labels: maps.Clone(c.rec.Labels), Dir: c.dir, StorageBytes: c.rec.StorageBytes, UnchangedBytes: c.rec.UnchangedBytes}
 }
 
 // regularBytes adds up the sizes of the regular files in dir, a file with several

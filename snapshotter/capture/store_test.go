@@ -80,7 +80,7 @@ func newStore(t *testing.T, root string) (*Store, *fake) {
 	return s, f
 }
 
-func must(t *testing.T, err error) {
+func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
@@ -117,7 +117,7 @@ func TestStatesFollowEachOther(t *testing.T) {
 	if _, err := s.Open(ctx, id1, "/other", 0, nil); !errdefs.IsAlreadyExists(err) {
 		t.Errorf("open with an id in use: %v", err)
 	}
-	for range 2 { // idempotent
+	for range 2 { // may be called again
 		_, err = s.Take(ctx, id1, 0)
 		must(t, err)
 	}
@@ -146,6 +146,31 @@ func TestFailedOpenLeavesNothing(t *testing.T) {
 	nothing(t, s, f)
 	f.openErr = nil
 	_, err := s.Open(t.Context(), id1, "/upper", 0, nil)
+	must(t, err)
+}
+
+func TestMountPointsOfADumpAreNoPartOfACapture(t *testing.T) {
+	dir := t.TempDir()
+	removed, kept := "tmp/cr-tmpfs.aBcDeF", []string{"tmp/cr-tmpfs.mine/file", "tmp/other", "cr-tmpfs.aBcDeF"}
+	for _, d := range append(kept, removed) {
+		must(t, os.MkdirAll(filepath.Join(dir, d), 0o755))
+	}
+	must(t, removeMountPoints(dir))
+	for _, d := range kept {
+		_, err := os.Stat(filepath.Join(dir, d))
+		must(t, err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, removed)); !os.IsNotExist(err) {
+		t.Errorf("%s is still there (%v)", removed, err)
+	}
+	// What the container makes of its /tmp leads nowhere else.
+	outside := t.TempDir()
+	must(t, os.Mkdir(filepath.Join(outside, "cr-tmpfs.x"), 0o700))
+	must(t, os.RemoveAll(filepath.Join(dir, "tmp")))
+	must(t, removeMountPoints(dir))
+	must(t, os.Symlink(outside, filepath.Join(dir, "tmp")))
+	must(t, removeMountPoints(dir))
+	_, err := os.Stat(filepath.Join(outside, "cr-tmpfs.x"))
 	must(t, err)
 }
 

@@ -18,6 +18,8 @@ import (
 type Snapshots interface {
 	// ActiveUpper refuses a directory that is not an active snapshot's upper directory.
 	ActiveUpper(ctx context.Context, dir string) error
+	// CommittedUpper refuses a directory that is not a committed snapshot's layer.
+	CommittedUpper(ctx context.Context, dir string) error
 }
 
 // Storage implements the Storage service over the captures of one root.
@@ -60,15 +62,21 @@ func (s *Storage) Take(ctx context.Context, r *storage.CaptureRequest) (*storage
 }
 
 // Seal implements storage.StorageService.
-func (s *Storage) Seal(ctx context.Context, r *storage.CaptureRequest) (*storage.SealResponse, error) {
-	info, err := s.captures.Seal(ctx, r.GetId())
+func (s *Storage) Seal(ctx context.Context, r *storage.SealRequest) (*storage.SealResponse, error) {
+	for _, u := range r.GetUppers() {
+		if err := s.snapshots.CommittedUpper(ctx, u); err != nil {
+			return nil, errgrpc.ToGRPC(err)
+		}
+	}
+	info, err := s.captures.Seal(ctx, r.GetId(), r.GetUppers()...)
 	if err != nil {
 		return nil, errgrpc.ToGRPC(err)
 	}
 	return &storage.SealResponse{
-		FsDir:         info.Path(capture.FS),
-		CheckpointDir: info.Path(capture.Checkpoint),
-		StorageBytes:  info.StorageBytes,
+		FsDir:          info.Path(capture.FS),
+		CheckpointDir:  info.Path(capture.Checkpoint),
+		StorageBytes:   info.StorageBytes,
+		UnchangedBytes: info.UnchangedBytes,
 	}, nil
 }
 

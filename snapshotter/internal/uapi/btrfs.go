@@ -35,18 +35,33 @@ type volArgsV2 struct {
 	name    [4040]byte
 }
 
+// fsInfoArgs is the beginning of struct btrfs_ioctl_fs_info_args of
+// include/uapi/linux/btrfs.h, and its size.
+type fsInfoArgs struct {
+	maxID      uint64
+	numDevices uint64
+	fsid       [16]byte
+	_          [992]byte
+}
+
 // Request numbers of include/uapi/linux/btrfs.h.
 var (
 	btrfsIocResize         = iow(0x94, 3, unsafe.Sizeof(volArgs{}))
 	btrfsIocSnapDestroy    = iow(0x94, 15, unsafe.Sizeof(volArgs{}))
 	btrfsIocSnapCreateV2   = iow(0x94, 23, unsafe.Sizeof(volArgsV2{}))
 	btrfsIocSubvolCreateV2 = iow(0x94, 24, unsafe.Sizeof(volArgsV2{}))
+	btrfsIocFSInfo         = ior(0x94, 31, unsafe.Sizeof(fsInfoArgs{}))
 )
 
 // iow is _IOW of include/uapi/asm-generic/ioctl.h: direction in the top two
 // bits, then fourteen of size, eight of type and eight of number.
 func iow(typ, nr, size uintptr) uintptr {
 	return 1<<30 | size<<16 | typ<<8 | nr
+}
+
+// ior is _IOR, the same for the other direction.
+func ior(typ, nr, size uintptr) uintptr {
+	return 2<<30 | size<<16 | typ<<8 | nr
 }
 
 // IsBtrfs tells whether path lies on btrfs.
@@ -56,6 +71,24 @@ func IsBtrfs(path string) (bool, error) {
 		return false, &os.PathError{Op: "statfs", Path: path, Err: err}
 	}
 	return st.Type == BtrfsSuperMagic, nil
+}
+
+// BtrfsID returns the id of the btrfs that the open file f lies on; ok is false where
+// that is another file system. It is the same in all subvolumes, unlike st_dev.
+func BtrfsID(f *os.File) (id [16]byte, ok bool, err error) {
+	var st unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &st); err != nil {
+		return id, false, &os.PathError{Op: "fstatfs", Path: f.Name(), Err: err}
+	}
+	if st.Type != BtrfsSuperMagic {
+		return id, false, nil
+	}
+	var args fsInfoArgs
+	if err := ioctl(int(f.Fd()), btrfsIocFSInfo, unsafe.Pointer(&args)); err != nil {
+		return id, false, &os.PathError{Op: "BTRFS_IOC_FS_INFO", Path: f.Name(), Err: err}
+	}
+	runtime.KeepAlive(f)
+	return args.fsid, true, nil
 }
 
 // IsSubvolume tells whether path is the root directory of a btrfs subvolume.
