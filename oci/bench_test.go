@@ -12,22 +12,26 @@ import (
 	"testing"
 )
 
-// BenchmarkCheckpointLayer packs memory pages: random ones, and pages of which
-// every second is zero. COHORT_BENCH_MIB sets the size (default 64).
+// BenchmarkCheckpointLayer packs memory pages: random ones, pages of which every second
+// is zero, and pages of which every second is text. COHORT_BENCH_MIB sets the size
+// (default 64).
 func BenchmarkCheckpointLayer(b *testing.B) {
 	mib := 64
 	if s := os.Getenv("COHORT_BENCH_MIB"); s != "" {
 		mib, _ = strconv.Atoi(s)
 	}
-	for _, zero := range []bool{false, true} {
+	for _, kind := range []string{"random", "zero", "text"} {
 		dir := checkpointDir(b, sampleCheckpoint("db"))
 		f, err := os.Create(filepath.Join(dir, "checkpoint/pages-2.img"))
 		must(b, err)
 		buf := make([]byte, 1<<20)
-		for range mib {
+		for n := range mib {
 			rand.Read(buf)
-			for i := 0; zero && i < len(buf); i += 8192 {
+			for i := 0; kind != "random" && i < len(buf); i += 8192 {
 				clear(buf[i : i+4096])
+				for page := buf[i : i : i+4096]; kind == "text" && len(page) < 4000; {
+					page = fmt.Appendf(page, "%d: row %d of table %x has the key %q and the value %f\n", i, len(page), n, buf[i+5000:i+5004], float64(len(page))/7)
+				}
 			}
 			_, err := f.Write(buf)
 			must(b, err)
@@ -35,15 +39,15 @@ func BenchmarkCheckpointLayer(b *testing.B) {
 		must(b, f.Sync()) // its write-back is not what is measured
 		must(b, f.Close())
 		for _, comp := range []Compression{Zstd, Gzip, None} {
-			b.Run(fmt.Sprintf("zero=%v/%s", zero, comp), func(b *testing.B) {
+			b.Run(kind+"/"+string(comp), func(b *testing.B) {
 				h := newHost(b)
 				b.SetBytes(int64(mib) << 20)
 				for b.Loop() {
-					d, _, err := writeLayer(h.ctx, h.store, comp, LayerCheckpoint, func(w io.Writer) error {
+					d, err := writeLayer(h.ctx, h.store, comp, LayerCheckpoint, &Checkpoint{}, func(w io.Writer) error {
 						return writeCheckpoint(h.ctx, w, dir, cutTime)
 					})
 					must(b, err)
-					b.ReportMetric(float64(d.Size)/float64(mib<<20), "ratio")
+					b.ReportMetric(float64(d.desc.Size)/float64(mib<<20), "ratio")
 				}
 			})
 		}

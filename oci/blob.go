@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -68,16 +69,16 @@ func (nopWriteCloser) Close() error { return nil }
 // writeLayer streams what fill writes into the content store as one layer, in
 // one pass: digest, diff id and size come out together. On error no ingest is
 // left behind.
-func writeLayer(ctx context.Context, store content.Store, comp Compression, kind string, fill func(io.Writer) error) (desc ocispec.Descriptor, diffID digest.Digest, err error) {
+func writeLayer(ctx context.Context, store content.Store, comp Compression, kind string, ck *Checkpoint, fill func(io.Writer) error) (out layer, err error) {
 	mediaType, err := comp.mediaType()
 	if err != nil {
-		return desc, "", err
+		return out, err
 	}
 	// The ref is unguessable: two builds must not continue each other's ingest.
 	ref := "cohort-" + kind + "-" + rand.Text()
 	cw, err := content.OpenWriter(ctx, store, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: mediaType}))
 	if err != nil {
-		return desc, "", fmt.Errorf("opening an ingest for the %s layer: %w", kind, err)
+		return out, fmt.Errorf("opening an ingest for the %s layer: %w", kind, err)
 	}
 	committed := false
 	defer func() {
@@ -94,7 +95,7 @@ func writeLayer(ctx context.Context, store content.Store, comp Compression, kind
 	counted := &countingWriter{w: &chunkWriter{w: cw, buf: make([]byte, 0, chunkSize)}}
 	z, err := comp.writer(counted)
 	if err != nil {
-		return desc, "", err
+		return out, err
 	}
 	digester := digest.SHA256.Digester()
 	p := newPipeline(ctx, digester.Hash(), z)
@@ -105,26 +106,28 @@ func writeLayer(ctx context.Context, store content.Store, comp Compression, kind
 		err = counted.w.(*chunkWriter).flush()
 	}
 	if err != nil {
-		return desc, "", fmt.Errorf("writing the %s layer: %w", kind, err)
+		return out, fmt.Errorf("writing the %s layer: %w", kind, err)
 	}
-	diffID = digester.Digest()
-	desc = ocispec.Descriptor{
-		MediaType:   mediaType,
-		Digest:      cw.Digest(),
-		Size:        counted.n,
-		Annotations: map[string]string{AnnotationLayer: kind},
+	out.diffID = digester.Digest()
+	out.desc = ocispec.Descriptor{
+		MediaType: mediaType,
+		Digest:    cw.Digest(),
+		Size:      counted.n,
+		Annotations: map[string]string{
+			AnnotationLayer: kind, AnnotationEpoch: ck.Epoch, AnnotationEpochNumber: strconv.FormatUint(ck.EpochNumber, 10),
+		},
 	}
-	uncompressed := map[string]string{labels.LabelUncompressed: diffID.String()}
-	err = cw.Commit(ctx, desc.Size, desc.Digest, content.WithLabels(uncompressed))
+	uncompressed := map[string]string{labels.LabelUncompressed: out.diffID.String()}
+	err = cw.Commit(ctx, out.desc.Size, out.desc.Digest, content.WithLabels(uncompressed))
 	if errdefs.IsAlreadyExists(err) {
 		// The same bytes were there, perhaps without the label.
-		_, err = store.Update(ctx, content.Info{Digest: desc.Digest, Labels: uncompressed}, "labels."+labels.LabelUncompressed)
+		_, err = store.Update(ctx, content.Info{Digest: out.desc.Digest, Labels: uncompressed}, "labels."+labels.LabelUncompressed)
 	}
 	if err != nil {
-		return desc, "", fmt.Errorf("committing the %s layer: %w", kind, err)
+		return out, fmt.Errorf("committing the %s layer: %w", kind, err)
 	}
 	committed = true
-	return desc, diffID, nil
+	return out, nil
 }
 
 // writeJSONBlob stores a document. Content that exists already is the same

@@ -17,7 +17,13 @@ import (
 
 // Version of cohort.json. A reader refuses a higher one; a change that an
 // older reader would misunderstand raises it, a field that it may ignore does not.
-const Version = 1
+//
+// Version 2 is an increment, whose images lack pages that its parent has; a full
+// checkpoint is written as version 1.
+const (
+	Version     = 2
+	versionFull = 1
+)
 
 // Checkpoint is the document .cohort/cohort.json: what the checkpoint of one
 // member is, beside CRIU's images. Times are UTC, sizes are bytes.
@@ -33,8 +39,11 @@ type Checkpoint struct {
 	// group image carry the same. EpochNumber counts the group's epochs from 1.
 	Epoch       string `json:"epoch"`
 	EpochNumber uint64 `json:"epoch_number"`
-	// ParentEpoch is the epoch that an incremental checkpoint builds on.
-	ParentEpoch string `json:"parent_epoch,omitempty"`
+	// Parent is the epoch that an increment builds on; nil for a full checkpoint.
+	Parent *ParentEpoch `json:"parent,omitempty"`
+	// Chain is of how many epochs the checkpoint consists, its own included: 1 for
+	// a full one. Documents older than increments lack it; they are read as 1.
+	Chain int `json:"chain"`
 	// CreatedAt is when the container was created, CutAt when every member was frozen.
 	CreatedAt time.Time `json:"created_at"`
 	CutAt     time.Time `json:"cut_at"`
@@ -71,6 +80,12 @@ type Checkpoint struct {
 	// in the writable layer.
 	MemoryBytes  uint64 `json:"memory_bytes"`
 	StorageBytes uint64 `json:"storage_bytes"`
+}
+
+// ParentEpoch names the epoch that an increment builds on.
+type ParentEpoch struct {
+	Epoch  string `json:"epoch"`
+	Number uint64 `json:"number"`
 }
 
 // Host tells where the checkpoint was taken; preflight compares it with the
@@ -182,10 +197,14 @@ func (c *Checkpoint) Validate() error {
 		return fmt.Errorf("%s: version %d, this cohort reads up to %d; restore with a newer cohort: %w", CheckpointFile, c.Version, Version, errdefs.ErrNotImplemented)
 	case !epochPattern().MatchString(c.Epoch):
 		return bad("epoch %q is not 32 hex digits", c.Epoch)
-	case c.ParentEpoch != "" && !epochPattern().MatchString(c.ParentEpoch):
-		return bad("parent epoch %q is not 32 hex digits", c.ParentEpoch)
 	case c.CutAt.IsZero():
 		return bad("no cut time")
+	}
+	if c.Parent != nil && c.Version == versionFull {
+		return bad("an increment is version %d or newer", Version)
+	}
+	if err := validChain(c.Parent, c.Chain, c.Epoch, c.EpochNumber); err != nil {
+		return bad("%v", err)
 	}
 	if err := ValidGroup(c.Group); err != nil {
 		return bad("%v", err)
@@ -259,8 +278,14 @@ func (c *Checkpoint) validateLists(bad func(string, ...any) error) error {
 // normalize makes a document fit to be written: UTC, and no byte that a
 // terminal would take for a command. A process chooses its comm freely.
 func (c *Checkpoint) normalize() {
-	if c.Version == 0 {
+	switch {
+	case c.Parent != nil && c.Version <= Version:
 		c.Version = Version
+	case c.Version <= Version:
+		c.Version = versionFull
+	}
+	if c.Chain == 0 && c.Parent == nil {
+		c.Chain = 1
 	}
 	c.CreatedAt, c.CutAt = c.CreatedAt.UTC(), c.CutAt.UTC()
 	processes := make([]Process, len(c.Processes))

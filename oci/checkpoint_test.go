@@ -40,7 +40,7 @@ func TestDocumentIsReadAsWritten(t *testing.T) {
 	want.CutAt = cutTime.In(time.FixedZone("far", 3600))
 	got, _, err := ReadCheckpointDir(checkpointDir(t, want))
 	must(t, err)
-	want.Version, want.CutAt = Version, cutTime
+	want.Version, want.Chain, want.CutAt = versionFull, 1, cutTime
 	if !reflect.DeepEqual(*got, want) {
 		t.Errorf("got  %+v\nwant %+v", *got, want)
 	}
@@ -77,7 +77,13 @@ func TestHostileDocumentIsRefused(t *testing.T) {
 	for name, change := range map[string]func(*Checkpoint){
 		"version":     func(c *Checkpoint) { c.Version = 0 },
 		"epoch":       func(c *Checkpoint) { c.Epoch = "../../etc/passwd" },
-		"parent":      func(c *Checkpoint) { c.ParentEpoch = "x" },
+		"parent":      func(c *Checkpoint) { c.Parent, c.Chain = &ParentEpoch{Epoch: "x", Number: 1}, 2 },
+		"own parent":  func(c *Checkpoint) { c.Parent, c.Chain = &ParentEpoch{Epoch: c.Epoch, Number: 1}, 2 },
+		"younger":     func(c *Checkpoint) { c.Parent, c.Chain = &ParentEpoch{Epoch: epoch2, Number: c.EpochNumber}, 2 },
+		"no parent":   func(c *Checkpoint) { c.Chain = 2 },
+		"no chain":    func(c *Checkpoint) { c.Parent = &ParentEpoch{Epoch: epoch2, Number: 1} },
+		"long chain":  func(c *Checkpoint) { c.Parent, c.Chain = &ParentEpoch{Epoch: epoch2, Number: 1}, 1<<30 },
+		"below zero":  func(c *Checkpoint) { c.Chain = -1 },
 		"group":       func(c *Checkpoint) { c.Group = "a/b" },
 		"member":      func(c *Checkpoint) { c.Member = "../x" },
 		"member name": func(c *Checkpoint) { c.Member = strings.Repeat("m", 77) },

@@ -28,14 +28,33 @@ var notInImage = map[string]bool{
 	"." + ConfigDumpFile + ".new": true,
 }
 
+// File is a file of a checkpoint that is made while it is read. Name is relative
+// to its directory, with slashes; Open gives exactly Size bytes.
+type File struct {
+	Name string
+	Size int64
+	Open func() (io.ReadCloser, error)
+}
+
+// contents are the files and directories of a checkpoint layer, by name.
+type contents struct {
+	files map[string]File
+	dirs  []string
+}
+
 // writeCheckpoint writes a checkpoint directory as a layer under ReservedDir.
-// The documents come first, so that a reader stops before the memory pages. Owner, modes and
-// times are fixed: the same checkpoint gives the same digest.
 func writeCheckpoint(ctx context.Context, w io.Writer, dir string, cut time.Time) error {
-	files, dirs, err := listCheckpoint(dir)
+	c, err := listCheckpoint(dir)
 	if err != nil {
 		return err
 	}
+	return c.write(ctx, w, cut)
+}
+
+// write makes the layer. The documents come first, so that a reader stops before
+// the memory pages. Owner, modes and times are fixed: the same checkpoint gives the same
+// digest.
+func (c *contents) write(ctx context.Context, w io.Writer, cut time.Time) (err error) {
 	tw := tar.NewWriter(w)
 	cut = cut.UTC().Truncate(time.Second)
 	put := func(name string, typ byte, mode, size int64) error {
@@ -49,22 +68,22 @@ func writeCheckpoint(ctx context.Context, w io.Writer, dir string, cut time.Time
 		return err
 	}
 	file := func(name string) error {
-		if err := put(name, tar.TypeReg, 0o600, files[name]); err != nil {
+		if err := put(name, tar.TypeReg, 0o600, c.files[name].Size); err != nil {
 			return err
 		}
-		return copyFile(ctx, tw, filepath.Join(dir, name), files[name], buf)
+		return c.files[name].copy(ctx, tw, buf)
 	}
 	head := []string{CheckpointFile, SpecDumpFile, ConfigDumpFile}
 	for _, name := range head {
-		if _, ok := files[name]; !ok {
-			return fmt.Errorf("%s has no %s: the checkpoint is not sealed: %w", dir, name, errdefs.ErrInvalidArgument)
+		if _, ok := c.files[name]; !ok {
+			return fmt.Errorf("there is no %s: the checkpoint is not sealed: %w", name, errdefs.ErrInvalidArgument)
 		}
 		if err := file(name); err != nil {
 			return err
 		}
 	}
-	names := append([]string(nil), dirs...)
-	for name := range files {
+	names := append([]string(nil), c.dirs...)
+	for name := range c.files {
 		if !slices.Contains(head, name) {
 			names = append(names, name)
 		}
@@ -72,7 +91,7 @@ func writeCheckpoint(ctx context.Context, w io.Writer, dir string, cut time.Time
 	// In plain order a directory comes before what is in it, being its prefix.
 	sort.Strings(names)
 	isDir := map[string]bool{}
-	for _, d := range dirs {
+	for _, d := range c.dirs {
 		isDir[d] = true
 	}
 	for _, name := range names {
@@ -95,12 +114,44 @@ func slash(typ byte) string {
 	return ""
 }
 
-// listCheckpoint gives the files (with their sizes) and directories of a
-// checkpoint directory. What a reader would refuse is an error here already, so
-// that no image is published that cannot be restored.
-func listCheckpoint(dir string) (files map[string]int64, dirs []string, err error) {
-	files = map[string]int64{}
-	err = filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
+// copy writes the file's bytes, as many as were announced.
+func (f File) copy(ctx context.Context, w io.Writer, buf []byte) error {
+	r, err := f.Open()
+	if err != nil {
+		return fmt.Errorf("%s: %w", f.Name, err)
+	}
+	defer r.Close()
+	// The writer is hidden, for its ReadFrom would not look at the context.
+	n, err := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{ctxReader{ctx, io.LimitReader(r, f.Size+1)}}, buf)
+	if err != nil {
+		return fmt.Errorf("%s: %w", f.Name, err)
+	}
+	if n != f.Size {
+		return fmt.Errorf("%s changed while it was packed: %w", f.Name, errdefs.ErrAborted)
+	}
+	return nil
+}
+
+// add puts a file in, in place of one of that name.
+func (c *contents) add(f File) error {
+	if err := checkName(f.Name, false); err != nil {
+		return err
+	}
+	for d := filepath.Dir(f.Name); d != "."; d = filepath.Dir(d) {
+		if !slices.Contains(c.dirs, d) {
+			c.dirs = append(c.dirs, d)
+		}
+	}
+	c.files[f.Name] = f
+	return nil
+}
+
+// listCheckpoint gives the files and directories of a checkpoint directory. What
+// a reader would refuse is an error here already, so that no image is published that
+// cannot be restored.
+func listCheckpoint(dir string) (*contents, error) {
+	c := &contents{files: map[string]File{}}
+	err := filepath.WalkDir(dir, func(p string, d fs.DirEntry, err error) error {
 		if err != nil {
 			return err
 		}
@@ -115,7 +166,7 @@ func listCheckpoint(dir string) (files map[string]int64, dirs []string, err erro
 			return err
 		}
 		if d.IsDir() {
-			dirs = append(dirs, name)
+			c.dirs = append(c.dirs, name)
 			return nil
 		}
 		var st unix.Stat_t
@@ -125,14 +176,16 @@ func listCheckpoint(dir string) (files map[string]int64, dirs []string, err erro
 		if st.Mode&unix.S_IFMT != unix.S_IFREG {
 			return fmt.Errorf("%s: not a regular file: %w", p, errdefs.ErrInvalidArgument)
 		}
-		files[name] = st.Size
+		c.files[name] = File{Name: name, Size: st.Size, Open: func() (io.ReadCloser, error) {
+			return os.OpenFile(p, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0)
+		}}
 		return nil
 	})
 	if err != nil {
-		return nil, nil, fmt.Errorf("listing the checkpoint: %w", err)
+		return nil, fmt.Errorf("listing the checkpoint: %w", err)
 	}
-	if len(files)+len(dirs) > maxEntries {
-		return nil, nil, fmt.Errorf("%s has %d files, readers accept %d: %w", dir, len(files)+len(dirs), maxEntries, errdefs.ErrInvalidArgument)
+	if n := len(c.files) + len(c.dirs); n > maxEntries {
+		return nil, fmt.Errorf("%s has %d files, readers accept %d: %w", dir, n, maxEntries, errdefs.ErrInvalidArgument)
 	}
-	return files, dirs, nil
+	return c, nil
 }

@@ -117,6 +117,9 @@ func decodeCheckpoint(b []byte, c *Checkpoint) error {
 	if err := json.Unmarshal(b, c); err != nil {
 		return fmt.Errorf("%s: %w: %w", CheckpointFile, err, errdefs.ErrInvalidArgument)
 	}
+	if c.Chain == 0 && c.Parent == nil {
+		c.Chain = 1 // written before there were increments
+	}
 	// The indentation of the file is no part of the opaque document.
 	if c.Network != nil {
 		var compact bytes.Buffer

@@ -6,12 +6,14 @@
 // A member image is a runnable OCI image: the layers of the image that the
 // container ran on, one layer with its writable layer, and one layer whose only
 // content is the reserved directory .cohort (see docs/image-format.md). A group
-// image is an OCI index of its members. Both are accepted by any registry.
+// image is an OCI index of its members. Both are accepted by any registry. The image
+// of an increment is its parent's with two layers more (chain.go).
 //
 // The life of a checkpoint, as this package sees it:
 //
 //	WriteCheckpointDir   facts and spec beside the CRIU images (local, sealed)
 //	BuildMember          two layers, config and manifest in the content store
+//	MergeMember          the same out of a chain of increments
 //	BuildGroup           the index over all members
 //	Publish              the names REF and REF-MEMBER
 //	ReadGroup            from an index or a member, here or on another host

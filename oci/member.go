@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strconv"
 	"time"
@@ -33,8 +34,20 @@ type MemberInput struct {
 	// given, a base with another chain id is refused: an image's name may have
 	// moved on since the container was created.
 	Parent digest.Digest
+	// ParentImage is the member manifest of the epoch that the checkpoint builds on. Where
+	// it is given, Base and Parent are not used: all of its layers become the new
+	// image's, Upper and CheckpointDir hold what changed since. It must be given exactly
+	// if the checkpoint's document names a parent.
+	ParentImage *ocispec.Descriptor
+	// Earlier is another checkpoint's image of the same container, or nil: the layers
+	// below its chain are taken where Base is not what the container runs on any more,
+	// because its name was moved.
+	Earlier *ocispec.Descriptor
 	// Upper is the captured writable layer in overlay format.
 	Upper string
+	// Below are the directories of the layers that Upper was captured on, newest first;
+	// nil if they are not known (see WriteUpper).
+	Below []string
 	// CheckpointDir is .cohort on disk, complete (see WriteCheckpointDir).
 	CheckpointDir string
 	// Compression of the two new layers; zero is Zstd.
@@ -50,12 +63,18 @@ type MemberImage struct {
 	// LayerDiffIDs are all layers, bottom first; the last two are the writable
 	// layer and the checkpoint.
 	LayerDiffIDs []digest.Digest
-	RWLayer      ocispec.Descriptor
-	CkptLayer    ocispec.Descriptor
+	// RWLayer is zero in an increment in which no file changed: it has no such layer.
+	RWLayer   ocispec.Descriptor
+	CkptLayer ocispec.Descriptor
+	// BelowBytes are those of the layers below.
+	BelowBytes int64
 	// BaseChainID is the parent under which the writable layer is committed. It
 	// differs from the container's own parent where that was a checkpoint
-	// image: the old checkpoint layer is not part of the new image.
-	BaseChainID       digest.Digest
+	// image: the old checkpoint layer is not part of the new image. An increment's is
+	// its parent's CheckpointChainID.
+	BaseChainID digest.Digest
+	// RWChainID is the parent under which the checkpoint layer is committed:
+	// BaseChainID where there is no RWLayer.
 	RWChainID         digest.Digest
 	CheckpointChainID digest.Digest
 	// ParentChainID is the chain of the base image as it is, old checkpoint
@@ -63,7 +82,7 @@ type MemberImage struct {
 	ParentChainID digest.Digest
 }
 
-// baseImage is an image without its checkpoint layers.
+// baseImage is an image, or those of its layers that a new one is put on.
 type baseImage struct {
 	config   ocispec.Image
 	raw      map[string]json.RawMessage
@@ -71,7 +90,7 @@ type baseImage struct {
 	diffIDs  []digest.Digest
 	history  []ocispec.History
 	platform ocispec.Platform
-	parent   digest.Digest // chain id with the checkpoint layers
+	parent   digest.Digest // chain id of all layers, also those that are left out
 }
 
 // BuildMember writes a member's image into the store: the base image's layers,
@@ -95,36 +114,103 @@ func BuildMember(ctx context.Context, store content.Store, in MemberInput) (Memb
 }
 
 func buildMember(ctx context.Context, store content.Store, in MemberInput, ck *Checkpoint) (MemberImage, error) {
-	base, err := openBase(ctx, store, in.Base, in.Parent)
+	var (
+		base *baseImage
+		err  error
+	)
+	switch {
+	case in.ParentImage != nil && ck.Parent == nil:
+		return MemberImage{}, fmt.Errorf("it is a full checkpoint, but a parent image is given: %w", errdefs.ErrInvalidArgument)
+	case in.ParentImage == nil && ck.Parent != nil:
+		return MemberImage{}, fmt.Errorf("it builds on epoch %d, but no parent image is given: %w", ck.Parent.Number, errdefs.ErrInvalidArgument)
+	case in.ParentImage != nil:
+		base, err = openParent(ctx, store, *in.ParentImage, ck)
+	default:
+		base, err = openBase(ctx, store, in.Base, in.Parent)
+		if errdefs.IsNotFound(err) && in.Earlier != nil {
+			var eerr error
+			if base, eerr = openEarlier(ctx, store, *in.Earlier, ck); eerr == nil {
+				err = nil
+			} else {
+				err = errors.Join(err, eerr)
+			}
+		}
+	}
 	if err != nil {
 		return MemberImage{}, err
 	}
-	rw, rwID, err := writeLayer(ctx, store, in.Compression, LayerRW, func(w io.Writer) error {
-		return writeUpper(ctx, w, in.Upper)
-	})
-	if err != nil {
-		return MemberImage{}, err
+	var layers []layer
+	changed := true
+	if ck.Parent != nil {
+		if changed, err = hasEntries(in.Upper); err != nil {
+			return MemberImage{}, err
+		}
 	}
-	cl, clID, err := writeLayer(ctx, store, in.Compression, LayerCheckpoint, func(w io.Writer) error {
+	if changed {
+		rw, err := writeLayer(ctx, store, in.Compression, LayerRW, ck, func(w io.Writer) error {
+			return WriteUpper(ctx, w, []string{in.Upper}, in.Below)
+		})
+		if err != nil {
+			return MemberImage{}, err
+		}
+		layers = append(layers, rw)
+	}
+	cl, err := writeLayer(ctx, store, in.Compression, LayerCheckpoint, ck, func(w io.Writer) error {
 		return writeCheckpoint(ctx, w, in.CheckpointDir, ck.CutAt)
 	})
 	if err != nil {
 		return MemberImage{}, err
 	}
+	return base.assemble(ctx, store, ck, append(layers, cl))
+}
 
-	out := MemberImage{
-		Checkpoint:    *ck,
-		LayerDiffIDs:  append(slices.Clone(base.diffIDs), rwID, clID),
-		RWLayer:       rw,
-		CkptLayer:     cl,
-		ParentChainID: base.parent,
+// hasEntries says whether there is anything in a directory.
+func hasEntries(dir string) (bool, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	_, err = f.Readdirnames(1)
+	if errors.Is(err, io.EOF) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// layer is a new layer in the store.
+type layer struct {
+	desc   ocispec.Descriptor
+	diffID digest.Digest
+}
+
+// assemble writes config and manifest of an image that consists of the base and the
+// layers of a checkpoint, which are in the store: a writable one, or none, and the
+// checkpoint's.
+func (b *baseImage) assemble(ctx context.Context, store content.Store, ck *Checkpoint, layers []layer) (MemberImage, error) {
+	out := MemberImage{Checkpoint: *ck, LayerDiffIDs: slices.Clone(b.diffIDs), ParentChainID: b.parent}
+	if ck.Parent != nil {
+		out.ParentChainID = ck.Rootfs.ChainID
+	}
+	cut := ck.CutAt.UTC()
+	descs := slices.Clone(b.layers)
+	history := slices.Clone(b.history)
+	for _, l := range b.layers {
+		out.BelowBytes += l.Size
+	}
+	for _, l := range layers {
+		what := "checkpoint"
+		if l.desc.Annotations[AnnotationLayer] == LayerRW {
+			what, out.RWLayer = "writable layer", l.desc
+		} else {
+			out.CkptLayer = l.desc
+		}
+		out.LayerDiffIDs = append(out.LayerDiffIDs, l.diffID)
+		descs = append(descs, l.desc)
+		history = append(history, ocispec.History{Created: &cut, CreatedBy: "cohort: " + what + " of " + ck.Member, Comment: "epoch " + ck.Epoch})
 	}
 	out.setChains()
-	cut := ck.CutAt.UTC()
-	base.history = append(base.history,
-		ocispec.History{Created: &cut, CreatedBy: "cohort: writable layer of " + ck.Member, Comment: "epoch " + ck.Epoch},
-		ocispec.History{Created: &cut, CreatedBy: "cohort: checkpoint of " + ck.Member, Comment: "epoch " + ck.Epoch})
-	config, err := base.newConfig(out.LayerDiffIDs, cut)
+	config, err := b.newConfig(out.LayerDiffIDs, history, cut)
 	if err != nil {
 		return MemberImage{}, err
 	}
@@ -135,23 +221,26 @@ func buildMember(ctx context.Context, store content.Store, in MemberInput, ck *C
 		Versioned:   specs.Versioned{SchemaVersion: 2},
 		MediaType:   ocispec.MediaTypeImageManifest,
 		Config:      out.Config,
-		Layers:      append(slices.Clone(base.layers), rw, cl),
+		Layers:      descs,
 		Annotations: memberAnnotations(ck),
 	}
 	out.Manifest, err = writeJSONBlob(ctx, store, manifest.MediaType, manifest, gcLabels(append([]ocispec.Descriptor{manifest.Config}, manifest.Layers...)))
 	if err != nil {
 		return MemberImage{}, err
 	}
-	out.Manifest.Platform = &base.platform
+	out.Manifest.Platform = &b.platform
 	out.Manifest.Annotations = childAnnotations(ck)
 	return out, nil
 }
 
 func (m *MemberImage) setChains() {
 	n := len(m.LayerDiffIDs)
-	m.BaseChainID = identity.ChainID(m.LayerDiffIDs[:n-2])
-	m.RWChainID = identity.ChainID(m.LayerDiffIDs[:n-1])
 	m.CheckpointChainID = identity.ChainID(m.LayerDiffIDs)
+	m.RWChainID = identity.ChainID(m.LayerDiffIDs[:n-1])
+	m.BaseChainID = m.RWChainID
+	if m.RWLayer.Digest != "" {
+		m.BaseChainID = identity.ChainID(m.LayerDiffIDs[:n-2])
+	}
 }
 
 // openBase reads the base image, drops its checkpoint layers and checks that
@@ -164,7 +253,9 @@ func openBase(ctx context.Context, store content.Store, desc ocispec.Descriptor,
 	}
 	var tried []error
 	for _, c := range candidates {
-		b, err := readBase(ctx, store, c)
+		b, err := readBase(ctx, store, c, func(_ int, l ocispec.Descriptor) bool {
+			return l.Annotations[AnnotationLayer] != LayerCheckpoint
+		})
 		if err == nil && parent != "" && b.parent != parent {
 			err = fmt.Errorf("its layers unpack to %s, but the container runs on %s: %w", b.parent, parent, errdefs.ErrNotFound)
 		}
@@ -209,7 +300,8 @@ func manifests(ctx context.Context, store content.Provider, desc ocispec.Descrip
 	return out, nil
 }
 
-func readBase(ctx context.Context, store content.Store, desc ocispec.Descriptor) (*baseImage, error) {
+// readBase reads an image with those of its layers that keep chooses; nil keeps all.
+func readBase(ctx context.Context, store content.Store, desc ocispec.Descriptor, keep func(int, ocispec.Descriptor) bool) (*baseImage, error) {
 	var m ocispec.Manifest
 	if err := readJSONBlob(ctx, store, desc, &m); err != nil {
 		return nil, err
@@ -228,7 +320,7 @@ func readBase(ctx context.Context, store content.Store, desc ocispec.Descriptor)
 	b.parent = identity.ChainID(ids)
 	drop := map[int]bool{}
 	for i, l := range m.Layers {
-		if l.Annotations[AnnotationLayer] == LayerCheckpoint {
+		if keep != nil && !keep(i, l) {
 			drop[i] = true
 			continue
 		}
@@ -278,7 +370,7 @@ func keepHistory(h []ocispec.History, layers int, drop map[int]bool) []ocispec.H
 
 // newConfig keeps every field of the base's config, also those that the OCI
 // types do not know (Docker's Healthcheck), and replaces what a new image has.
-func (b *baseImage) newConfig(ids []digest.Digest, created time.Time) (map[string]json.RawMessage, error) {
+func (b *baseImage) newConfig(ids []digest.Digest, history []ocispec.History, created time.Time) (map[string]json.RawMessage, error) {
 	out := map[string]json.RawMessage{}
 	for k, v := range b.raw {
 		out[k] = v
@@ -287,7 +379,7 @@ func (b *baseImage) newConfig(ids []digest.Digest, created time.Time) (map[strin
 		delete(out, k) // of Docker's builder, about the image that was
 	}
 	for k, v := range map[string]any{
-		"created": created, "history": b.history, "architecture": b.platform.Architecture, "os": b.platform.OS,
+		"created": created, "history": history, "architecture": b.platform.Architecture, "os": b.platform.OS,
 		"rootfs": ocispec.RootFS{Type: "layers", DiffIDs: ids},
 	} {
 		enc, err := json.Marshal(v)
@@ -343,6 +435,7 @@ func childAnnotations(c *Checkpoint) map[string]string {
 	if c.NetNS != "" {
 		a[AnnotationNetNS] = c.NetNS
 	}
+	chainAnnotations(c, a)
 	return a
 }
 

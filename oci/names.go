@@ -41,18 +41,25 @@ const (
 	AnnotationMember      = "io.cohort.member"       // name of the member within it
 	AnnotationEpoch       = "io.cohort.epoch"        // epoch id, 32 hex digits
 	AnnotationEpochNumber = "io.cohort.epoch-number" // decimal, counts per group from 1
-	AnnotationCutTime     = "io.cohort.cut-time"     // RFC 3339, nanoseconds, UTC
-	AnnotationMembers     = "io.cohort.members"      // names in restore order, comma between
-	AnnotationStopped     = "io.cohort.stopped"      // "true" if the members ended in the barrier
-	AnnotationNetNS       = "io.cohort.netns"        // members with the same value shared a network namespace
-	AnnotationContainer   = "io.cohort.container"    // container id
-	AnnotationProcesses   = "io.cohort.processes"    // decimal
-	AnnotationMemory      = "io.cohort.memory-bytes"
-	AnnotationStorage     = "io.cohort.storage-bytes"
-	AnnotationTerminal    = "io.cohort.terminal" // "true" if a restore needs a terminal
-	AnnotationVersion     = "io.cohort.version"  // version of cohort.json
+	// AnnotationParent and AnnotationParentNumber name the epoch that an increment
+	// builds on; AnnotationChain says of how many epochs it consists, decimal.
+	AnnotationParent       = "io.cohort.parent-epoch"
+	AnnotationParentNumber = "io.cohort.parent-epoch-number"
+	AnnotationChain        = "io.cohort.chain"
+
+	AnnotationCutTime   = "io.cohort.cut-time"  // RFC 3339, nanoseconds, UTC
+	AnnotationMembers   = "io.cohort.members"   // names in restore order, comma between
+	AnnotationStopped   = "io.cohort.stopped"   // "true" if the members ended in the barrier
+	AnnotationNetNS     = "io.cohort.netns"     // members with the same value shared a network namespace
+	AnnotationContainer = "io.cohort.container" // container id
+	AnnotationProcesses = "io.cohort.processes" // decimal
+	AnnotationMemory    = "io.cohort.memory-bytes"
+	AnnotationStorage   = "io.cohort.storage-bytes"
+	AnnotationTerminal  = "io.cohort.terminal" // "true" if a restore needs a terminal
+	AnnotationVersion   = "io.cohort.version"  // version of cohort.json
 
 	// AnnotationLayer is on the layers that cohort adds: LayerRW or LayerCheckpoint.
+	// AnnotationEpoch and AnnotationEpochNumber beside it say whose they are.
 	AnnotationLayer = "io.cohort.layer"
 	LayerRW         = "rw"
 	LayerCheckpoint = "checkpoint"

@@ -31,6 +31,8 @@ type Layer struct {
 	DiffID     digest.Digest      `json:"diff_id"`
 	// Kind is LayerRW or LayerCheckpoint, or "base".
 	Kind string `json:"kind"`
+	// EpochNumber is the epoch that the layer was made in, 0 for the base.
+	EpochNumber uint64 `json:"epoch_number,omitempty"`
 }
 
 // Member is a member's image, read from the store.
@@ -42,6 +44,13 @@ type Member struct {
 	Annotations map[string]string  `json:"annotations,omitempty"`
 	// ChainID is the snapshot that holds the whole image, checkpoint included.
 	ChainID digest.Digest `json:"chain_id"`
+	// Parent is the epoch that an increment builds on, Chain of how many epochs the
+	// image consists, its own included.
+	Parent *ParentEpoch `json:"parent,omitempty"`
+	Chain  int          `json:"chain"`
+	// Bytes of all blobs, IncrementBytes of those that are this epoch's alone.
+	Bytes          int64 `json:"bytes"`
+	IncrementBytes int64 `json:"increment_bytes"`
 	// Checkpoint and Spec are filled by ReadCheckpoint.
 	Checkpoint *Checkpoint   `json:"checkpoint,omitempty"`
 	Spec       *specsgo.Spec `json:"-"`
@@ -55,6 +64,12 @@ type Group struct {
 	EpochNumber uint64             `json:"epoch_number"`
 	CutAt       time.Time          `json:"cut_at"`
 	Stopped     bool               `json:"stopped"`
+	// Parent is the epoch that members which are increments build on, nil if all are
+	// full; Chain the longest of the members', and FullEpoch the number of the full
+	// epoch with which that one begins (0 if it is not told).
+	Parent    *ParentEpoch `json:"parent,omitempty"`
+	Chain     int          `json:"chain"`
+	FullEpoch uint64       `json:"full_epoch_number,omitempty"`
 	// Whole is false where Target is one member's manifest.
 	Whole   bool     `json:"whole"`
 	Members []Member `json:"members"`
@@ -107,6 +122,9 @@ func readGroup(ctx context.Context, provider content.Provider, desc ocispec.Desc
 		return nil, err
 	}
 	if err := g.agree(); err != nil {
+		return nil, err
+	}
+	if err := g.chainOf(); err != nil {
 		return nil, err
 	}
 	g.order(strings.Split(annotations[AnnotationMembers], ","))
@@ -197,10 +215,17 @@ func readMember(ctx context.Context, provider content.Provider, desc ocispec.Des
 		if kind != LayerRW && kind != LayerCheckpoint {
 			kind = layerBase
 		}
-		m.Layers = append(m.Layers, Layer{Descriptor: l, DiffID: ids[i], Kind: kind})
+		epoch, err := optionalUint(l.Annotations, AnnotationEpochNumber)
+		if err != nil {
+			return nil, fmt.Errorf("layer %d: %w: %w", i, err, errdefs.ErrInvalidArgument)
+		}
+		m.Layers = append(m.Layers, Layer{Descriptor: l, DiffID: ids[i], Kind: kind, EpochNumber: epoch})
 	}
 	if last := m.Layers[len(m.Layers)-1]; last.Kind != LayerCheckpoint {
 		return nil, fmt.Errorf("its last layer is no checkpoint (%s=%s is missing): %w", AnnotationLayer, LayerCheckpoint, ErrNotCheckpoint)
+	}
+	if err := m.readChain(); err != nil {
+		return nil, err
 	}
 	return m, nil
 }
@@ -215,9 +240,12 @@ func (m *Member) Image() (MemberImage, error) {
 		return MemberImage{}, fmt.Errorf("member %s: its checkpoint has not been read: %w", m.Name, errdefs.ErrFailedPrecondition)
 	}
 	n := len(m.Layers)
-	img := MemberImage{Checkpoint: *m.Checkpoint, Manifest: m.Manifest, Config: m.Config, RWLayer: m.Layers[n-2].Descriptor, CkptLayer: m.Layers[n-1].Descriptor}
-	for _, l := range m.Layers {
-		img.LayerDiffIDs = append(img.LayerDiffIDs, l.DiffID)
+	img := MemberImage{Checkpoint: *m.Checkpoint, Manifest: m.Manifest, Config: m.Config, CkptLayer: m.Layers[n-1].Descriptor, LayerDiffIDs: m.DiffIDs()}
+	if m.ownLayers() == 2 {
+		img.RWLayer = m.Layers[n-2].Descriptor
+	}
+	for _, l := range m.Layers[:n-m.ownLayers()] {
+		img.BelowBytes += l.Descriptor.Size
 	}
 	img.setChains()
 	img.ParentChainID = img.BaseChainID
@@ -225,13 +253,14 @@ func (m *Member) Image() (MemberImage, error) {
 }
 
 // Size is the number of bytes of the member's blobs, and of those that are of
-// this checkpoint alone (its writable layer, memory and documents).
+// this epoch alone (its writable layer, memory and documents): of an increment, what
+// a push uploads to a registry that has its parent.
 func (m *Member) Size() (total, own int64) {
 	total = m.Manifest.Size + m.Config.Size
 	own = total
 	for i, l := range m.Layers {
 		total += l.Descriptor.Size
-		if i >= len(m.Layers)-2 {
+		if i >= len(m.Layers)-m.ownLayers() {
 			own += l.Descriptor.Size
 		}
 	}
@@ -250,6 +279,9 @@ func (g *Group) ReadCheckpoint(ctx context.Context, provider content.Provider) e
 		}
 		if ck.Member != m.Name || ck.Group != g.Name || ck.Epoch != g.Epoch {
 			return fmt.Errorf("the checkpoint in image %s is of member %s, group %s, epoch %s: %w", m.Manifest.Digest, ck.Member, ck.Group, ck.Epoch, errdefs.ErrInvalidArgument)
+		}
+		if ck.Chain != m.Chain || (ck.Parent == nil) != (m.Parent == nil) || ck.Parent != nil && *ck.Parent != *m.Parent {
+			return fmt.Errorf("the checkpoint in image %s consists of %d epochs on parent %v, its layers and annotations tell of %d on %v: %w", m.Manifest.Digest, ck.Chain, ck.Parent, m.Chain, m.Parent, errdefs.ErrInvalidArgument)
 		}
 		m.Checkpoint, m.Spec = ck, spec
 	}
@@ -288,8 +320,9 @@ type Listed struct {
 	Ref       string    `json:"ref"`
 	CreatedAt time.Time `json:"created_at"`
 	Group     *Group    `json:"group"`
-	// Bytes of all distinct blobs.
-	Bytes int64 `json:"bytes"`
+	// Bytes of all distinct blobs, and of those that are of this epoch alone.
+	Bytes          int64 `json:"bytes"`
+	IncrementBytes int64 `json:"increment_bytes"`
 }
 
 // ListGroups finds the checkpoint images among an image store's records: group
@@ -310,7 +343,8 @@ func ListGroups(ctx context.Context, store images.Store, provider content.Provid
 			}
 			continue
 		}
-		l := Listed{Ref: i.Name, CreatedAt: i.CreatedAt, Group: g, Bytes: g.bytes()}
+		l := Listed{Ref: i.Name, CreatedAt: i.CreatedAt, Group: g}
+		l.Bytes, l.IncrementBytes = g.bytes()
 		if !g.Whole {
 			single = append(single, l)
 			continue
@@ -329,22 +363,24 @@ func ListGroups(ctx context.Context, store images.Store, provider content.Provid
 	return groups, nil
 }
 
-func (g *Group) bytes() int64 {
+func (g *Group) bytes() (total, own int64) {
 	seen := map[digest.Digest]bool{}
-	var n int64
-	add := func(d ocispec.Descriptor) {
+	add := func(d ocispec.Descriptor, mine bool) {
 		if !seen[d.Digest] {
 			seen[d.Digest] = true
-			n += d.Size
+			total += d.Size
+			if mine {
+				own += d.Size
+			}
 		}
 	}
-	add(g.Target)
+	add(g.Target, true)
 	for _, m := range g.Members {
-		add(m.Manifest)
-		add(m.Config)
-		for _, l := range m.Layers {
-			add(l.Descriptor)
+		add(m.Manifest, true)
+		add(m.Config, true)
+		for i, l := range m.Layers {
+			add(l.Descriptor, i >= len(m.Layers)-m.ownLayers())
 		}
 	}
-	return n
+	return total, own
 }

@@ -292,7 +292,7 @@ func TestFailedBuildLeavesNoIngest(t *testing.T) {
 	wantErr(t, err, errdefs.ErrFailedPrecondition, "db", ".wh.bad")
 
 	ctx, cancel := context.WithCancel(h.ctx)
-	_, _, err = writeLayer(ctx, h.store, Zstd, LayerRW, func(w io.Writer) error {
+	_, err = writeLayer(ctx, h.store, Zstd, LayerRW, &Checkpoint{}, func(w io.Writer) error {
 		for i := 0; ; i++ {
 			if i == 20 {
 				cancel()

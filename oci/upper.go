@@ -17,6 +17,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"golang.org/x/sys/unix"
+
+	"github.com/cohort-project/cohort/snapshotter/overlay"
 )
 
 // Names of the OCI layer format for what a layer takes away, image-spec layer.md.
@@ -27,7 +29,22 @@ const (
 
 const xattrRecord = "SCHILY.xattr."
 
-// writeUpper writes an overlay upper directory as an OCI layer.
+// writeUpper is WriteUpper of one directory, on an image that is not known.
+func writeUpper(ctx context.Context, w io.Writer, upper string) error {
+	return WriteUpper(ctx, w, []string{upper}, nil)
+}
+
+// WriteUpper writes a writable layer, in overlay format, as an OCI layer. It may be kept as
+// increments: uppers are directories of which each holds what changed since the next, as
+// they are mounted, and the layer is what they are together.
+//
+// base are the directories of what the layer will lie on, newest first: the layers of
+// the container's image and, where only the newest increment is written, the earlier ones.
+// Given base, the layer takes away nothing that is not there. Merging increments needs
+// that: one hides a file that an earlier one had made, and when both are one layer, the
+// whiteout has nothing to hide. Overlayfs lists such a whiteout, as a name that is not
+// there, in a directory that it merges with nothing. Without base every whiteout is
+// written, and a file under a name that is a socket now comes back.
 //
 // containerd's differ is not used here, because a checkpoint must bring back
 // what the processes saw: it drops all extended attributes but one, rounds times to
@@ -37,13 +54,40 @@ const xattrRecord = "SCHILY.xattr."
 // a 0/0 character device is a deletion, an opaque directory hides the layers below
 // (kernel, Documentation/filesystems/overlayfs.rst).
 //
-// The directory must not change meanwhile; it is a sealed capture.
-func writeUpper(ctx context.Context, w io.Writer, upper string) error {
-	u := &upperWriter{ctx: ctx, tw: tar.NewWriter(w), root: upper, links: map[inode]string{}, buf: make([]byte, chunkSize)}
-	if err := u.dir(""); err != nil {
+// The same content gives the same bytes, in however many increments it is kept. The
+// directories must not change meanwhile; they are sealed captures or snapshots of them.
+func WriteUpper(ctx context.Context, w io.Writer, uppers, base []string) error {
+	top, close1, err := openUnion(uppers)
+	if err != nil {
+		return err
+	}
+	defer close1()
+	var below *overlay.Dir
+	if base != nil {
+		var close2 func()
+		if below, close2, err = openUnion(base); err != nil {
+			return err
+		}
+		defer close2()
+	}
+	u := &upperWriter{ctx: ctx, tw: tar.NewWriter(w), links: map[inode]string{}, buf: make([]byte, chunkSize)}
+	if err := u.dir(top, below, ""); err != nil {
 		return err
 	}
 	return u.tw.Close()
+}
+
+func openUnion(dirs []string) (*overlay.Dir, func(), error) {
+	u, err := overlay.OpenUnion(dirs...)
+	if err != nil {
+		return nil, nil, err
+	}
+	root, err := u.Root()
+	if err != nil {
+		u.Close()
+		return nil, nil, err
+	}
+	return root, func() { root.Close(); u.Close() }, nil
 }
 
 type inode struct{ dev, ino uint64 }
@@ -51,48 +95,41 @@ type inode struct{ dev, ino uint64 }
 type upperWriter struct {
 	ctx   context.Context
 	tw    *tar.Writer
-	root  string
 	links map[inode]string
 	buf   []byte
 }
 
 // dir writes the entries of one directory, sorted: the same tree gives the
-// same digest.
-func (u *upperWriter) dir(rel string) error {
+// same digest. below is what shows through it; nil if that is not known.
+func (u *upperWriter) dir(d, below *overlay.Dir, rel string) error {
 	if err := u.ctx.Err(); err != nil {
 		return err
 	}
-	f, err := os.Open(filepath.Join(u.root, rel))
+	entries, err := d.Entries()
 	if err != nil {
-		return err
+		return fmt.Errorf("/%s: %w", rel, err)
 	}
-	names, err := f.Readdirnames(-1)
-	f.Close()
-	if err != nil {
-		return err
-	}
-	sort.Strings(names)
-	for _, n := range names {
-		if err := u.entry(rel, n); err != nil {
+	for i := range entries {
+		if err := u.entry(d, below, rel, &entries[i]); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func (u *upperWriter) entry(dir, name string) error {
+func (u *upperWriter) entry(d, below *overlay.Dir, dir string, e *overlay.Entry) error {
+	name, st := e.Name, &e.Stat
 	rel := filepath.Join(dir, name)
-	host := filepath.Join(u.root, rel)
 	if rel == ReservedDir {
 		return fmt.Errorf("the container has a /%s of its own, a name that the checkpoint needs: remove it in the container: %w", ReservedDir, errdefs.ErrFailedPrecondition)
 	}
 	if strings.HasPrefix(name, whiteoutPrefix) {
 		return fmt.Errorf("/%s: a layer cannot hold a name that begins with %s: rename it in the container: %w", rel, whiteoutPrefix, errdefs.ErrFailedPrecondition)
 	}
-	var st unix.Stat_t
-	if err := unix.Lstat(host, &st); err != nil {
-		return &fs.PathError{Op: "lstat", Path: host, Err: err}
+	if e.Whiteout {
+		return u.hide(d, below, dir, name, below == nil)
 	}
+	host := e.Path()
 	hdr := &tar.Header{
 		Format:  tar.FormatPAX,
 		Name:    rel,
@@ -104,9 +141,6 @@ func (u *upperWriter) entry(dir, name string) error {
 	kind := st.Mode & unix.S_IFMT
 	switch kind {
 	case unix.S_IFCHR, unix.S_IFBLK:
-		if kind == unix.S_IFCHR && st.Rdev == 0 {
-			return u.whiteout(filepath.Join(dir, whiteoutPrefix+name))
-		}
 		hdr.Typeflag = tar.TypeChar
 		if kind == unix.S_IFBLK {
 			hdr.Typeflag = tar.TypeBlock
@@ -115,16 +149,16 @@ func (u *upperWriter) entry(dir, name string) error {
 	case unix.S_IFIFO:
 		hdr.Typeflag = tar.TypeFifo
 	case unix.S_IFSOCK:
-		// A layer cannot hold one; CRIU binds it again.
-		return nil
+		// A layer cannot hold one. CRIU binds it again, which needs the name to be free.
+		return u.hide(d, below, dir, name, false)
 	case unix.S_IFDIR:
 		hdr.Typeflag = tar.TypeDir
 		hdr.Name += "/"
 	case unix.S_IFLNK:
 		hdr.Typeflag = tar.TypeSymlink
-		target, err := os.Readlink(host)
+		target, err := e.Readlink()
 		if err != nil {
-			return err
+			return fmt.Errorf("/%s: %w", rel, err)
 		}
 		hdr.Linkname = target
 	default:
@@ -142,8 +176,7 @@ func (u *upperWriter) entry(dir, name string) error {
 		}
 		u.links[id] = rel
 	}
-	opaque, err := u.xattrs(host, hdr)
-	if err != nil {
+	if err := u.xattrs(host, hdr); err != nil {
 		return fmt.Errorf("/%s: %w", rel, err)
 	}
 	if err := u.tw.WriteHeader(hdr); err != nil {
@@ -152,53 +185,85 @@ func (u *upperWriter) entry(dir, name string) error {
 	switch kind {
 	case unix.S_IFREG:
 		if err := copyFile(u.ctx, u.tw, host, st.Size, u.buf); err != nil {
-			return err
+			return fmt.Errorf("/%s: %w", rel, err)
 		}
 	case unix.S_IFDIR:
-		if opaque {
-			if err := u.whiteout(filepath.Join(rel, whiteoutOpaque)); err != nil {
-				return err
-			}
-		}
-		return u.dir(rel)
+		return u.subdir(d, below, rel, name)
 	}
 	return nil
+}
+
+// hide writes a whiteout if there is something to hide; if unknown says so where that
+// is not known.
+func (u *upperWriter) hide(d, below *overlay.Dir, dir, name string, unknown bool) error {
+	if d.Covered {
+		return nil
+	}
+	visible := unknown
+	if below != nil {
+		var err error
+		if visible, err = below.Visible(name); err != nil {
+			return fmt.Errorf("/%s below the layer: %w", filepath.Join(dir, name), err)
+		}
+	}
+	if !visible {
+		return nil
+	}
+	return u.whiteout(filepath.Join(dir, whiteoutPrefix+name))
+}
+
+// subdir writes the content of the directory name of d.
+func (u *upperWriter) subdir(d, below *overlay.Dir, rel, name string) (err error) {
+	s, err := d.Sub(name)
+	if err != nil {
+		return fmt.Errorf("/%s: %w", rel, err)
+	}
+	defer s.Close()
+	opaque := s.Opaque
+	if below != nil {
+		visible, err := below.Visible(name)
+		if err != nil {
+			return fmt.Errorf("/%s below the layer: %w", rel, err)
+		}
+		opaque = opaque && visible
+		if s.Covered {
+			below = &overlay.Dir{} // nothing shows through
+		} else if below, err = below.Sub(name); err != nil {
+			return fmt.Errorf("/%s below the layer: %w", rel, err)
+		}
+		defer below.Close()
+	}
+	if opaque {
+		if err := u.whiteout(filepath.Join(rel, whiteoutOpaque)); err != nil {
+			return err
+		}
+	}
+	return u.dir(s, below, rel)
 }
 
 func (u *upperWriter) whiteout(name string) error {
 	return u.tw.WriteHeader(&tar.Header{Format: tar.FormatPAX, Typeflag: tar.TypeReg, Name: name, ModTime: time.Unix(0, 0)})
 }
 
-// xattrs puts into hdr what belongs to the file, and reads what belongs to overlayfs.
+// xattrs puts into hdr what belongs to the file, and leaves out what belongs to overlayfs.
 // Labels of a host's security modules stay behind, they mean nothing elsewhere;
 // so do trusted attributes, which containerd does not unpack.
-func (u *upperWriter) xattrs(host string, hdr *tar.Header) (opaque bool, err error) {
+func (u *upperWriter) xattrs(host string, hdr *tar.Header) error {
 	names, err := listXattr(host)
 	if err != nil {
-		return false, err
+		return err
 	}
 	for _, n := range names {
-		own, isOverlay := strings.CutPrefix(n, "trusted.overlay.")
-		if !isOverlay {
-			own, isOverlay = strings.CutPrefix(n, "user.overlay.")
-		}
-		switch {
-		case isOverlay && own == "opaque":
-			v, err := getXattr(host, n)
-			if err != nil {
-				return false, err
-			}
-			opaque = string(v) == "y"
-		case isOverlay && (own == "redirect" || own == "metacopy"):
-			return false, fmt.Errorf("overlayfs kept part of it in a lower layer (%s): mount with redirect_dir=off,metacopy=off: %w", n, errdefs.ErrFailedPrecondition)
-		case isOverlay:
+		switch own, _ := strings.CutPrefix(n, "trusted.overlay."); {
+		case own == "redirect", own == "metacopy":
+			return fmt.Errorf("overlayfs kept part of it in a lower layer (%s): mount with redirect_dir=off,metacopy=off: %w", n, errdefs.ErrFailedPrecondition)
 		case strings.HasPrefix(n, "security.") && n != "security.capability", strings.HasPrefix(n, "trusted."):
 		case strings.Contains(n, "="):
-			return false, fmt.Errorf("a layer cannot hold the extended attribute %q: %w", n, errdefs.ErrFailedPrecondition)
+			return fmt.Errorf("a layer cannot hold the extended attribute %q: %w", n, errdefs.ErrFailedPrecondition)
 		default:
 			v, err := getXattr(host, n)
 			if err != nil {
-				return false, err
+				return err
 			}
 			if hdr.PAXRecords == nil {
 				hdr.PAXRecords = map[string]string{}
@@ -206,7 +271,7 @@ func (u *upperWriter) xattrs(host string, hdr *tar.Header) (opaque bool, err err
 			hdr.PAXRecords[xattrRecord+n] = string(v)
 		}
 	}
-	return opaque, nil
+	return nil
 }
 
 func listXattr(path string) ([]string, error) {
