@@ -49,8 +49,11 @@ func psCommand(o *options) *cobra.Command {
 
 func imagesCommand(o *options) *cobra.Command {
 	return &cobra.Command{
-		Use:     "images",
-		Short:   "List checkpoint images of groups",
+		Use:   "images",
+		Short: "List checkpoint images of groups",
+		Long: `Images lists the checkpoints in containerd's image store. CHAIN is "full", or how
+many epochs the checkpoint consists of and the full one that they begin with;
+INCREMENT is what is of this epoch alone, SIZE the whole.`,
 		Example: "  cohort images",
 		Args:    cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -62,14 +65,37 @@ func imagesCommand(o *options) *cobra.Command {
 				if o.json {
 					return printJSON(o.out, list)
 				}
-				rows := [][]string{{"REF", "GROUP", "EPOCH", "MEMBERS", "CUT", "SIZE"}}
-				for _, g := range list {
-					rows = append(rows, []string{g.Ref, g.Group.Name, fmt.Sprint(g.Group.EpochNumber), fmt.Sprint(len(g.Group.Members)), g.Group.CutAt.Local().Format(time.DateTime), size(uint64(g.Bytes))})
+				rows := [][]string{{"REF", "GROUP", "EPOCH", "PARENT", "CHAIN", "MEMBERS", "CUT", "INCREMENT", "SIZE"}}
+				for _, l := range list {
+					g := l.Group
+					rows = append(rows, []string{
+						l.Ref, g.Name, fmt.Sprintf("#%d", g.EpochNumber), parent(g.Parent), chain(g), fmt.Sprint(len(g.Members)),
+						g.CutAt.Local().Format(time.DateTime), size(uint64(l.IncrementBytes)), size(uint64(l.Bytes)),
+					})
 				}
 				return table(o.out, rows)
 			})
 		},
 	}
+}
+
+// chain says what a checkpoint consists of: "full", or "3 from #5" for the third
+// epoch of a chain that began with epoch 5.
+func chain(g *oci.Group) string {
+	switch {
+	case g.Chain <= 1:
+		return "full"
+	case g.FullEpoch == 0:
+		return fmt.Sprint(g.Chain)
+	}
+	return fmt.Sprintf("%d from #%d", g.Chain, g.FullEpoch)
+}
+
+func parent(p *oci.ParentEpoch) string {
+	if p == nil {
+		return "-"
+	}
+	return fmt.Sprintf("#%d", p.Number)
 }
 
 func inspectCommand(o *options) *cobra.Command {
@@ -96,6 +122,9 @@ func inspectCommand(o *options) *cobra.Command {
 
 func printTree(w io.Writer, g *oci.Group) {
 	fmt.Fprintf(w, "group %s, epoch %d (%s), cut at %s\n", g.Name, g.EpochNumber, g.Epoch, g.CutAt.Local().Format(time.RFC3339Nano))
+	if g.Parent != nil {
+		fmt.Fprintf(w, "increment on epoch %d (%s), a chain of %s\n", g.Parent.Number, g.Parent.Epoch, chain(g))
+	}
 	for i, m := range g.Members {
 		mark, bar := "├── ", "│   "
 		if i == len(g.Members)-1 {
@@ -108,9 +137,13 @@ func printTree(w io.Writer, g *oci.Group) {
 			fmt.Fprintf(w, "%shost       kernel %s, %s, CRIU %s\n%sprocesses  %d\n", bar, ck.Host.Kernel, ck.Host.Arch, ck.CRIUVersion, bar, len(ck.Processes))
 			printProcesses(w, bar, ck.Processes)
 		}
-		fmt.Fprintf(w, "%slayers\n", bar)
+		fmt.Fprintf(w, "%slayers     %s, of this epoch %s\n", bar, size(uint64(max(m.Bytes, 0))), size(uint64(max(m.IncrementBytes, 0))))
 		for _, l := range m.Layers {
-			fmt.Fprintf(w, "%s  %-10s %10s  %s\n", bar, l.Kind, size(uint64(max(l.Descriptor.Size, 0))), l.Descriptor.Digest)
+			of := "-"
+			if l.EpochNumber > 0 {
+				of = fmt.Sprintf("#%d", l.EpochNumber)
+			}
+			fmt.Fprintf(w, "%s  %-10s %5s %10s  %s\n", bar, l.Kind, of, size(uint64(max(l.Descriptor.Size, 0))), l.Descriptor.Digest)
 		}
 	}
 }

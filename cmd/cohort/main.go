@@ -115,6 +115,7 @@ annotation io.cohort.group are a group.`,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usage("%w; see '%s --help'", err, cmd.CommandPath()) })
 	root.AddCommand(
 		checkpointCommand(o), restoreCommand(o), psCommand(o), imagesCommand(o), inspectCommand(o), checkCommand(o),
+		pruneCommand(o), mergeCommand(o), scheduleCommand(o),
 	)
 	for _, c := range root.Commands() {
 		inner := c.Args

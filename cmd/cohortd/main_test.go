@@ -242,7 +242,7 @@ func TestDaemonIsKilledUnderARunningContainerAndNothingIsLost(t *testing.T) {
 	if took.GetTookNs() <= 0 {
 		t.Error("no time reported")
 	}
-	sealed, err := st.Seal(ctx, &storage.CaptureRequest{Id: id})
+	sealed, err := st.Seal(ctx, &storage.SealRequest{Id: id})
 	must(t, err)
 	if sealed.GetStorageBytes() != 2 {
 		t.Errorf("%d bytes of storage, wrote 2", sealed.GetStorageBytes())
@@ -409,7 +409,7 @@ func TestErrorsKeepTheirClassOverTheWire(t *testing.T) {
 		is   func(error) bool
 	}{
 		{"unknown capture", func() error {
-			_, err := st.Seal(ctx, &storage.CaptureRequest{Id: strings.Repeat("0", 32)})
+			_, err := st.Seal(ctx, &storage.SealRequest{Id: strings.Repeat("0", 32)})
 			return err
 		}, errdefs.IsNotFound},
 		{"bad id", func() error {

@@ -25,8 +25,11 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
+	scheduleAPI "github.com/cohort-project/cohort/api/schedule/v1"
 	storage "github.com/cohort-project/cohort/api/storage/v1"
 	"github.com/cohort-project/cohort/runtime/journal"
+	"github.com/cohort-project/cohort/runtime/schedule"
+	scheduleservice "github.com/cohort-project/cohort/runtime/schedule/service"
 	"github.com/cohort-project/cohort/runtime/undo"
 	"github.com/cohort-project/cohort/snapshotter"
 	"github.com/cohort-project/cohort/snapshotter/capture"
@@ -72,12 +75,17 @@ func serve(ctx context.Context, o options) (err error) {
 	}
 	defer func() { err = errors.Join(err, sn.Close()) }()
 	metrics := service.NewMetrics(root, captures, sn)
-
-	address := o.snapshotterAddress(root)
-	servers, err := start(ctx, o, root, address, sn, captures, metrics)
+	keeper, err := openSchedules(ctx, root)
 	if err != nil {
 		return err
 	}
+
+	address := o.snapshotterAddress(root)
+	servers, err := start(ctx, o, root, address, sn, captures, metrics, keeper)
+	if err != nil {
+		return err
+	}
+	endPasses := runSchedules(ctx, keeper)
 	var background sync.WaitGroup
 	for _, t := range []task{
 		{"watch the storage", vol.Watch},
@@ -99,6 +107,8 @@ func serve(ctx context.Context, o options) (err error) {
 	}
 	cancel()
 	notify(ctx, daemon.SdNotifyStopping)
+	// First: members that undo a pass discard their captures here.
+	endPasses()
 	servers.stop()
 	background.Wait()
 	return err
@@ -111,7 +121,7 @@ type servers struct {
 }
 
 // start listens on all addresses. On an error nothing listens.
-func start(ctx context.Context, o options, root, address string, sn *snapshotter.Snapshotter, captures *capture.Store, metrics *service.Metrics) (_ *servers, err error) {
+func start(ctx context.Context, o options, root, address string, sn *snapshotter.Snapshotter, captures *capture.Store, metrics *service.Metrics, keeper *schedule.Keeper) (_ *servers, err error) {
 	s := &servers{failed: make(chan error, 3)}
 	defer func() {
 		if err != nil {
@@ -139,7 +149,8 @@ func start(ctx context.Context, o options, root, address string, sn *snapshotter
 		return nil, err
 	}
 	storage.RegisterStorageService(t, service.NewStorage(root, address, captures, sn, metrics))
-	s.run("storage service", func() error { return t.Serve(context.WithoutCancel(ctx), tl) }, func(ctx context.Context) {
+	scheduleAPI.RegisterSchedulesService(t, scheduleservice.New(keeper))
+	s.run("storage and schedule services", func() error { return t.Serve(context.WithoutCancel(ctx), tl) }, func(ctx context.Context) {
 		if err := t.Shutdown(ctx); err != nil {
 			t.Close()
 		}
@@ -153,7 +164,7 @@ func start(ctx context.Context, o options, root, address string, sn *snapshotter
 		return nil, fmt.Errorf("listen for Prometheus: %w", err)
 	}
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(metrics, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry.MustRegister(metrics, scheduleservice.NewMetrics(keeper), collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	mux := http.NewServeMux()
 	mux.Handle("/metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{}))
 	h := &http.Server{Handler: mux, ReadHeaderTimeout: stopTimeout}

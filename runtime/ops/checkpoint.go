@@ -18,6 +18,7 @@ import (
 
 	"github.com/cohort-project/cohort/oci"
 	"github.com/cohort-project/cohort/runtime/group"
+	"github.com/cohort-project/cohort/runtime/memory/engine"
 	"github.com/cohort-project/cohort/runtime/preflight"
 )
 
@@ -28,10 +29,26 @@ type CheckpointOptions struct {
 	Members []string
 	// Ref names the group's image.
 	Ref string
+	// Numbered names the image by Ref and ".N", N being the number of the epoch, and
+	// moves Ref to it: Ref is the newest of several.
+	Numbered bool
 	// Stop ends the members in the barrier.
 	Stop bool
 	// Timeout bounds the capture, during which the members stand still.
 	Timeout time.Duration
+	// Full stores everything. Otherwise a member whose earlier checkpoint is here has an
+	// increment against the newest, or against the group image that Parent names.
+	Full   bool
+	Parent string
+	// KeepTracking leaves the members' writes tracked, so that the next increment need not
+	// compare what did not change. It costs a fault for each page written first.
+	KeepTracking bool
+	// Engine is the only way in which memory may be taken (package engine): "wp-async",
+	// "soft-dirty" or "full"; empty or "auto" for the best that there is.
+	Engine string
+	// MaxChain is of how many epochs a checkpoint may consist; a longer one is merged
+	// (see Merge) once it has its name. 0 is DefaultMaxChain, below 0 there is no limit.
+	MaxChain int
 	// Progress is told what is going on; may be nil.
 	Progress func(what string)
 }
@@ -48,6 +65,10 @@ type CheckpointResult struct {
 	SkewMS   float64            `json:"skew_ms"`
 	PhasesMS map[string]float64 `json:"phases_ms"`
 	Members  []CheckpointMember `json:"members"`
+	// Merge is set where the chain had grown too long, MergeError where making it a
+	// full checkpoint failed: the increment is there all the same.
+	Merge      *MergeResult `json:"merge,omitempty"`
+	MergeError string       `json:"merge_error,omitempty"`
 	// Untold are calls that had to reach a member and did not; its lease does
 	// what they would have done.
 	Untold []group.Untold `json:"untold,omitempty"`
@@ -65,6 +86,13 @@ type CheckpointMember struct {
 	StorageBytes uint64  `json:"storage_bytes"`
 	Image        string  `json:"image"`
 	Digest       string  `json:"digest"`
+	// ParentEpoch is the epoch that an increment builds on, empty for a full
+	// checkpoint; Chain is of how many epochs it consists.
+	ParentEpoch string `json:"parent_epoch,omitempty"`
+	Chain       int    `json:"chain"`
+	// Bytes are the image's blobs', IncrementBytes those of this epoch's own.
+	Bytes          int64 `json:"bytes"`
+	IncrementBytes int64 `json:"increment_bytes"`
 	// PartsMS are the parts of the capture: scan, then criu beside pages, with
 	// storage and tmpfs within criu.
 	PartsMS map[string]float64 `json:"parts_ms"`
@@ -73,8 +101,8 @@ type CheckpointMember struct {
 
 // MemoryResult says how a member's memory was taken.
 type MemoryResult struct {
-	// Engine is "wp-async" where pages were copied while the member ran, or "full"
-	// where all were dumped in the barrier; Why says why.
+	// Engine is "wp-async" or "soft-dirty" where pages were copied while the member ran,
+	// or "full" where all were dumped in the barrier; Why says why.
 	Engine string `json:"engine"`
 	Why    string `json:"why,omitempty"`
 	// Rounds of pre-copy before the member was ready and until the freeze, the
@@ -87,6 +115,18 @@ type MemoryResult struct {
 	PrecopiedBytes uint64 `json:"precopied_bytes"`
 	// Untracked processes were dumped whole.
 	Untracked uint32 `json:"untracked,omitempty"`
+	// Increment is how it was found out what did not change since the parent epoch:
+	// "tracking" or "content". It is empty where the checkpoint is full; FullWhy says why
+	// it is where there was an epoch to build on.
+	Increment string `json:"increment,omitempty"`
+	FullWhy   string `json:"full_why,omitempty"`
+	// ParentBytes are pages that the parent epoch holds.
+	ParentBytes uint64 `json:"parent_bytes"`
+	// SharedPrecopiedBytes of shared memory were copied before the barrier,
+	// SharedBarrierBytes had to be taken in it; SharedWhy says why.
+	SharedPrecopiedBytes uint64   `json:"shared_precopied_bytes"`
+	SharedBarrierBytes   uint64   `json:"shared_barrier_bytes"`
+	SharedWhy            []string `json:"shared_why,omitempty"`
 }
 
 // RefusedError is a checkpoint that preflight refused; nothing was changed.
@@ -111,6 +151,10 @@ func (e *RefusedError) Error() string {
 	return fmt.Sprintf("refused for %d reasons, the first: %s", n, first)
 }
 
+// slowest is how fast memory is copied or compared at the least while the members
+// run, in bytes a second: a busy host's disk.
+const slowest = 32 << 20
+
 // noBarrier is set by tests only (see export_test.go and the build tag
 // nobarrier): the negative control of the consistency tests.
 var noBarrier = false
@@ -128,6 +172,12 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 	if err != nil {
 		return nil, err
 	}
+	if o.Full && o.Parent != "" {
+		return nil, fmt.Errorf("a full checkpoint has no parent: give one or the other: %w", errdefs.ErrInvalidArgument)
+	}
+	if _, err := engine.Parse(o.Engine); err != nil {
+		return nil, err
+	}
 	step("looking for members")
 	list, err := h.Members(ctx, o.Group, o.Members)
 	if err != nil {
@@ -137,6 +187,9 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 	res := &CheckpointResult{Group: o.Group, Ref: ref}
 	if res.Group == "" {
 		res.Group = groupName(ref)
+	}
+	for _, c := range list {
+		c.engine = o.Engine
 	}
 	report, err := h.preflight(ctx, list)
 	res.Preflight = report
@@ -152,9 +205,14 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 		if _, err := oci.MemberRef(ref, c.Member); err != nil {
 			return res, err
 		}
-		members[i] = &member{c: c, image: image}
+		members[i] = &member{c: c, image: image, keepTracking: o.KeepTracking, engine: o.Engine}
 	}
-	if res.Number, err = h.nextNumber(ctx, res.Group); err != nil {
+	images, err := oci.ListGroups(ctx, h.Client.ImageService(), h.Client.ContentStore())
+	if err != nil {
+		return res, fmt.Errorf("list checkpoint images: %w", err)
+	}
+	res.Number = nextNumber(images, res.Group)
+	if res.Ref, err = o.number(list, ref, res.Number); err != nil {
 		return res, err
 	}
 	res.Epoch = newEpochID()
@@ -167,7 +225,14 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 	// A lease that cannot be given back ends by itself.
 	defer func() { _ = done(context.WithoutCancel(ctx)) }()
 
-	x := &exporter{h: h, members: members, res: res, info: oci.GroupInfo{Group: res.Group, Epoch: res.Epoch, EpochNumber: res.Number, Stopped: o.Stop}}
+	x := &exporter{h: h, members: members, res: res, newest: ref, info: oci.GroupInfo{Group: res.Group, Epoch: res.Epoch, EpochNumber: res.Number, Stopped: o.Stop}}
+	step("looking for the parent epoch")
+	forget, err := x.parents(ctx, o, images)
+	if err != nil {
+		return res, err
+	}
+	// A view that stays is under the lease.
+	defer func() { _ = forget(context.WithoutCancel(ctx)) }()
 	seen := make([]group.Member, len(members))
 	for i := range members {
 		seen[i] = members[i]
@@ -178,6 +243,16 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 		NoBarrier: noBarrier,
 	}
 	cfg.Limits.Capture = o.Timeout
+	// The members take turns at copying, and each compares what it has with the
+	// parent epoch.
+	var memory uint64
+	for _, c := range list {
+		if c.inspect != nil {
+			memory += c.inspect.MemoryBytes
+		}
+	}
+	copying := time.Duration(memory/slowest) * time.Second
+	cfg.Limits.Prepare, cfg.Limits.Seal = time.Minute+copying, 2*time.Minute+copying
 	out, err := group.Run(ctx, cfg, seen, x.run)
 	res.StopMS, res.SkewMS, res.PhasesMS = out.StopMS, out.SkewMS, out.PhasesMS
 	res.Untold = out.Untold
@@ -188,6 +263,16 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 	}
 	if err != nil {
 		return res, fmt.Errorf("checkpoint of group %s: %w", res.Group, err)
+	}
+	for _, m := range res.Members {
+		if limit := o.maxChain(); limit > 0 && m.Chain > limit {
+			if res.Merge, err = h.Merge(ctx, MergeOptions{Ref: res.Ref, Progress: o.Progress}); err != nil {
+				res.MergeError = err.Error()
+			} else if err := h.alias(ctx, res.Ref, ref); err != nil {
+				res.MergeError = err.Error()
+			}
+			break
+		}
 	}
 	return res, nil
 }
@@ -216,18 +301,14 @@ func groupName(ref string) string {
 }
 
 // nextNumber counts a group's epochs by its images.
-func (h *Host) nextNumber(ctx context.Context, name string) (uint64, error) {
-	list, err := oci.ListGroups(ctx, h.Client.ImageService(), h.Client.ContentStore())
-	if err != nil {
-		return 0, fmt.Errorf("list checkpoint images: %w", err)
-	}
+func nextNumber(list []oci.Listed, name string) uint64 {
 	n := uint64(0)
 	for _, l := range list {
 		if l.Group.Name == name {
 			n = max(n, l.Group.EpochNumber)
 		}
 	}
-	return n + 1, nil
+	return n + 1
 }
 
 // imageOf looks up the image and the snapshot that a container was made from.
@@ -251,7 +332,18 @@ func (h *Host) imageOf(ctx context.Context, c *Container) (imageFacts, error) {
 type CheckResult struct {
 	Group   string   `json:"group,omitempty"`
 	Members []string `json:"members"`
+	// Memory says how each member's memory would be taken; members without a running
+	// task, and those whose shim is of an older version, are left out.
+	Memory []CheckMemory `json:"memory"`
 	preflight.Report
+}
+
+// CheckMemory says how a member's memory would be taken, and why so (package
+// engine). Without an Engine, Why is what stands against the one that was asked for.
+type CheckMemory struct {
+	Member string `json:"member"`
+	Engine string `json:"engine"`
+	Why    string `json:"why"`
 }
 
 // Check runs the preflight of a checkpoint alone.
@@ -261,11 +353,16 @@ func (h *Host) Check(ctx context.Context, groupName string, ids []string) (*Chec
 		return nil, err
 	}
 	defer closeAll(list)
-	res := &CheckResult{Group: groupName}
+	res := &CheckResult{Group: groupName, Memory: []CheckMemory{}}
 	for _, c := range list {
 		res.Members = append(res.Members, c.ID())
 	}
 	res.Report, err = h.preflight(ctx, list)
+	for _, c := range list {
+		if in := c.inspect; in != nil && in.MemoryEngineWhy != "" {
+			res.Memory = append(res.Memory, CheckMemory{Member: c.Member, Engine: in.MemoryEngine, Why: in.MemoryEngineWhy})
+		}
+	}
 	return res, err
 }
 

@@ -26,6 +26,10 @@ type exporter struct {
 	members []*member
 	res     *CheckpointResult
 	info    oci.GroupInfo
+	// newest is a second name for the group, if it is another than res.Ref.
+	newest string
+	// views are snapshots that hold the parent epoch's files meanwhile.
+	views []string
 }
 
 // run is the export phase. What it leaves behind when it fails is under the
@@ -63,17 +67,29 @@ func (x *exporter) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if err := x.moveTo(ctx, x.newest, desc, images); err != nil {
+		return err
+	}
 	for i, m := range x.members {
 		parts := map[string]float64{}
 		for k, v := range m.capture.GetPartsNs() {
 			parts[k] = float64(v) / 1e6
 		}
-		x.res.Members = append(x.res.Members, CheckpointMember{
-			ID: m.c.ID(), Name: m.c.Member, Processes: len(images[i].Checkpoint.Processes),
+		img := &images[i]
+		r := CheckpointMember{
+			ID: m.c.ID(), Name: m.c.Member, Processes: len(img.Checkpoint.Processes),
 			MemoryBytes: m.sealed.MemoryBytes, StorageBytes: m.sealed.StorageBytes,
-			Image: names[i], Digest: images[i].Manifest.Digest.String(), PartsMS: parts,
+			Image: names[i], Digest: img.Manifest.Digest.String(), PartsMS: parts,
+			Chain: img.Checkpoint.Chain, IncrementBytes: img.Manifest.Size + img.Config.Size + img.RWLayer.Size + img.CkptLayer.Size,
 			Memory: memoryResult(m.sealed.GetMemory()),
-		})
+		}
+		r.Bytes = r.IncrementBytes + img.BelowBytes
+		if p := img.Checkpoint.Parent; p != nil {
+			r.ParentEpoch = p.Epoch
+		} else if r.Memory.FullWhy == "" {
+			r.Memory.FullWhy = m.fullWhy
+		}
+		x.res.Members = append(x.res.Members, r)
 	}
 	return nil
 }
@@ -82,16 +98,31 @@ func (x *exporter) run(ctx context.Context) error {
 // snapshots that a restore on this host starts from.
 func (x *exporter) member(ctx context.Context, m *member) (oci.MemberImage, error) {
 	store := x.h.Client.ContentStore()
-	img, err := oci.BuildMember(ctx, store, oci.MemberInput{
+	in := oci.MemberInput{
 		Base: m.image.target, Parent: digest.Digest(m.image.chainID),
 		Upper: m.sealed.FsDir, CheckpointDir: m.sealed.CheckpointDir,
-	})
+	}
+	if m.earlier != nil {
+		in.Earlier = &m.earlier.Manifest
+	}
+	if m.increment() {
+		if m.parent == nil {
+			return oci.MemberImage{}, fmt.Errorf("member %s made an increment, but was given no parent epoch: is its shim of another version? %w", m.ID(), errdefs.ErrInternal)
+		}
+		in.ParentImage, in.Below = &m.parent.image.Manifest, m.parent.below
+	}
+	img, err := oci.BuildMember(ctx, store, in)
 	if err != nil {
 		return img, err
 	}
 	capture := m.sealed.Capture
-	if err := x.adopt(ctx, snapshotter.LabelAdoptFS, capture, img.BaseChainID, img.RWChainID); err != nil {
-		return img, fmt.Errorf("member %s: commit the writable layer: %w", m.ID(), err)
+	if err := x.h.ensureSnapshot(ctx, img, img.BaseChainID); err != nil {
+		return img, fmt.Errorf("member %s: the snapshot below the writable layer: %w", m.ID(), err)
+	}
+	if img.RWLayer.Digest != "" {
+		if err := x.adopt(ctx, snapshotter.LabelAdoptFS, capture, img.BaseChainID, img.RWChainID); err != nil {
+			return img, fmt.Errorf("member %s: commit the writable layer: %w", m.ID(), err)
+		}
 	}
 	if err := x.adopt(ctx, snapshotter.LabelAdoptCheckpoint, capture, img.RWChainID, img.CheckpointChainID); err != nil {
 		return img, fmt.Errorf("member %s: commit the checkpoint layer: %w", m.ID(), err)
@@ -139,5 +170,7 @@ func memoryResult(m *memberAPI.Memory) MemoryResult {
 	return MemoryResult{
 		Engine: m.GetEngine(), Why: m.GetWhy(), Rounds: m.GetRounds(), CopiedBytes: m.GetCopiedBytes(), End: m.GetEnd(),
 		BarrierBytes: m.GetBarrierBytes(), PrecopiedBytes: m.GetPrecopiedBytes(), Untracked: m.GetUntracked(),
+		Increment: m.GetIncrement(), FullWhy: m.GetFullWhy(), ParentBytes: m.GetParentBytes(),
+		SharedPrecopiedBytes: m.GetSharedPrecopiedBytes(), SharedBarrierBytes: m.GetSharedBarrierBytes(), SharedWhy: m.GetSharedWhy(),
 	}
 }

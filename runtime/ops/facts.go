@@ -11,6 +11,9 @@ func preflightFacts(c *Container) preflight.Member {
 		ID: c.Member, Status: in.Status, InitPid: int(in.InitPid), NetnsInode: in.Netns, HostNetwork: in.HostNetwork,
 		MemoryBytes: in.MemoryBytes, CriuVersion: int(in.CriuVersion), CriuError: in.CriuError, StorageAddress: in.StorageAddress,
 	}
+	if in.MemoryEngine == "" {
+		m.MemoryError = in.MemoryEngineWhy
+	}
 	for _, p := range in.Processes {
 		m.Pids = append(m.Pids, int(p.Pid))
 	}

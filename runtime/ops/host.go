@@ -82,6 +82,8 @@ type Container struct {
 
 	conn *ttrpc.Client
 	api  memberAPI.MemberService
+	// engine is what its memory is to be taken by, empty for the best one.
+	engine string
 	// inspect is filled by connect.
 	inspect *memberAPI.InspectResponse
 }
@@ -204,7 +206,7 @@ func (h *Host) connect(ctx context.Context, c *Container) error {
 		c.conn = ttrpc.NewClient(conn)
 		c.api = memberAPI.NewMemberClient(c.conn)
 	}
-	resp, err := c.api.Inspect(ctx, &memberAPI.InspectRequest{Id: c.ID()})
+	resp, err := c.api.Inspect(ctx, &memberAPI.InspectRequest{Id: c.ID(), Engine: c.engine})
 	if err != nil {
 		return fmt.Errorf("inspect container %s: %w", c.ID(), err)
 	}

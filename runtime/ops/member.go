@@ -14,6 +14,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	memberAPI "github.com/cohort-project/cohort/api/member/v1"
+	"github.com/cohort-project/cohort/oci"
 	"github.com/cohort-project/cohort/runtime/group"
 )
 
@@ -24,7 +25,20 @@ type member struct {
 	image   imageFacts
 	capture *memberAPI.CaptureResponse
 	sealed  *memberAPI.SealResponse
+
+	// parent is what an increment may be taken against, nil if there is nothing;
+	// fullWhy says why not where that is not plain.
+	parent *parentOf
+	// earlier is its part of the epoch that was looked at.
+	earlier      *oci.Member
+	fullWhy      string
+	keepTracking bool
+	engine       string
 }
+
+// increment says whether the sealed checkpoint is one: its shim decides, for memory and
+// files together.
+func (m *member) increment() bool { return m.sealed.GetMemory().GetIncrement() != "" }
 
 // imageFacts are what only containerd knows of a container.
 type imageFacts struct {
@@ -57,12 +71,16 @@ func native(err error) error {
 }
 
 func (m *member) Prepare(ctx context.Context, e group.Epoch) error {
-	_, err := m.c.api.Prepare(ctx, &memberAPI.PrepareRequest{
+	req := &memberAPI.PrepareRequest{
 		Id: m.c.ID(), Epoch: e.ID, LeaseMs: uint32(e.Lease.Milliseconds()), Group: e.Group, Number: e.Number,
 		Stop: e.Stop, Member: m.c.Member,
 		ImageRef: m.image.ref, ImageDigest: m.image.digest, ChainId: m.image.chainID,
-		CreatedUnixNs: m.c.Info.CreatedAt.UnixNano(),
-	})
+		CreatedUnixNs: m.c.Info.CreatedAt.UnixNano(), KeepTracking: m.keepTracking, Engine: m.engine,
+	}
+	if m.parent != nil {
+		req.Parent = m.parent.api
+	}
+	_, err := m.c.api.Prepare(ctx, req)
 	return native(err)
 }
 
