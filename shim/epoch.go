@@ -29,6 +29,7 @@ import (
 	"github.com/cohort-project/cohort/runtime/journal"
 	"github.com/cohort-project/cohort/runtime/netlock"
 	"github.com/cohort-project/cohort/runtime/tmpfs"
+	"github.com/cohort-project/cohort/runtime/urgent"
 )
 
 const (
@@ -52,10 +53,15 @@ type acts struct {
 	spec    *specs.Spec
 	network *netlock.Namespace
 	netnsID uint64
-	tmpfs   []tmpfs.FS
+	tmpfs   []tmpfs.FS // carried beside CRIU
+	inside  []tmpfs.FS // in images of CRIU's, which are filled afterwards
 	memory  *memory
-	// contents are those of the tmpfs mounts, saved when the container runs again.
+	// contents are those of the tmpfs mounts, saved when the container runs again;
+	// copies are what of them was copied before, in the order of tmpfs.
 	contents []*tmpfs.Contents
+	copies   []*tmpfs.Copy
+	// taken is closed when the copies are up to date with the frozen container.
+	taken chan struct{}
 
 	storageMu   sync.Mutex // renewals come while other calls go on
 	storageConn *ttrpc.Client
@@ -68,6 +74,7 @@ type acts struct {
 
 	processes []*memberAPI.Process
 	frozenAt  time.Time
+	urgent    func() // ends the shim's priority while the container is frozen
 	gated     bool
 	killed    bool
 	parts     map[string]int64
@@ -101,7 +108,10 @@ func (a *acts) prepare(ctx context.Context, pid int) error {
 	if c.storage.socket == "" {
 		return fmt.Errorf("the rootfs of container %s is not on the cohort snapshotter: create it with --snapshotter cohort: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
-	var err error
+	choice, err := chooseEngine(a.req.Engine)
+	if err != nil {
+		return fmt.Errorf("container %s: %w", c.id, err)
+	}
 	if a.rec.Init, err = journal.ProcOf(pid); err != nil {
 		return fmt.Errorf("container %s is not running: %w", c.id, errdefs.ErrFailedPrecondition)
 	}
@@ -151,12 +161,23 @@ func (a *acts) prepare(ctx context.Context, pid int) error {
 	for _, f := range a.tmpfs {
 		external = append(external, f.Destination)
 	}
-	if a.memory, err = startMemory(ctx, filepath.Join(a.dir, "pages"), pid, a.fz); err != nil {
+	if a.inside, err = tmpfs.Images(pid, a.tmpfs); err != nil {
+		log.G(ctx).WithError(err).WithField("id", c.id).Info("CRIU archives tmpfs mounts itself, which makes the stop longer")
+	}
+	if a.memory, err = a.takeMemory(ctx, choice, pid, external, images); err != nil {
 		return err
 	}
+	if err := a.copyTmpfs(ctx, pid, choice); err != nil {
+		return err
+	}
+	// The copies lie where the storage snapshot is taken, which first writes back all that
+	// is dirty there: seconds, on a busy disk. So they are written back before the freeze.
+	flushed := make(chan error, 1)
+	go func() { flushed <- flush(a.dir) }()
 	if a.dump, err = criu.Start(ctx, criu.Config{
 		Container: a.runc, ImagesDir: images, WorkDir: a.checkpointDir(), FreezeCgroup: a.fz.Path(), External: external,
-		SkipClean: a.memory.session != nil,
+		SkipClean: a.memory.session != nil, SkipShared: a.memory.skipShared(), PreDumped: a.memory.soft != nil,
+		SkipTmpfs: len(a.inside) > 0, InMemory: a.memory.isSmall(),
 	}); err != nil {
 		return err
 	}
@@ -165,6 +186,14 @@ func (a *acts) prepare(ctx context.Context, pid int) error {
 	}
 	if err := a.persist(); err != nil {
 		return err
+	}
+	select {
+	case err = <-flushed:
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	if err != nil {
+		return fmt.Errorf("write back the memory copied so far: %w", err)
 	}
 	// From here on nothing is started in the container or done to its cgroup
 	// until it runs again.
@@ -231,7 +260,7 @@ func (a *acts) openStorage(ctx context.Context) error {
 	if err := a.dialStorage(); err != nil {
 		return err
 	}
-	resp, err := a.storage.Open(ctx, &storageAPI.OpenRequest{
+	resp, err := uncut(ctx, a.storage.Open, &storageAPI.OpenRequest{
 		Id: a.rec.Capture, Upperdir: a.c.storage.upper, LeaseMs: uint32(2 * a.lease().Milliseconds()),
 		Labels: map[string]string{
 			"namespace": a.c.ns, "container": a.c.id, "group": a.req.Group, "epoch": a.req.Epoch, "member": a.req.Member,
@@ -245,6 +274,34 @@ func (a *acts) openStorage(ctx context.Context) error {
 	return nil
 }
 
+// uncutGrace is how long uncut waits for a call whose context has ended.
+const uncutGrace = 5 * time.Second
+
+// uncut makes a call that is not broken off when ctx ends: one that undoes it could
+// overtake it then, find nothing to undo, and leave what comes after it.
+func uncut[Q, R any](ctx context.Context, call func(context.Context, Q) (R, error), request Q) (R, error) {
+	type answer struct {
+		r   R
+		err error
+	}
+	done := make(chan answer, 1)
+	go func() {
+		r, err := call(context.WithoutCancel(ctx), request)
+		done <- answer{r, err}
+	}()
+	var a answer
+	select {
+	case a = <-done:
+		return a.r, a.err
+	case <-ctx.Done():
+	}
+	select {
+	case a = <-done:
+	case <-time.After(uncutGrace):
+	}
+	return a.r, errors.Join(ctx.Err(), a.err)
+}
+
 func (a *acts) lease() time.Duration {
 	if a.req.LeaseMs > 0 {
 		return time.Duration(a.req.LeaseMs) * time.Millisecond
@@ -254,7 +311,9 @@ func (a *acts) lease() time.Duration {
 
 // freeze freezes the container's own cgroup.
 func (a *acts) freeze(ctx context.Context) (asked, frozen int64, err error) {
-	a.memory.cool()
+	a.memory.sprint(ctx)
+	a.calm()
+	a.urgent = urgent.Raise()
 	asked, frozen, err = a.fz.Freeze(ctx)
 	a.frozenAt = time.Now()
 	return asked, frozen, err
@@ -279,44 +338,63 @@ func (a *acts) unlock() error {
 	return a.rules.Open()
 }
 
-// capture dumps the frozen container and snapshots its storage at the moment
-// at which the dump is complete and no task runs yet.
+// capture dumps the frozen container, and takes its storage and tmpfs mounts at the
+// same time. That is one instant as well: all who write there are frozen from before the
+// first of it until after the last, and CRIU makes none of them write. CRIU itself makes
+// names in the container's file system only for open files that have lost theirs, and
+// storage is then taken anew when they are there.
 func (a *acts) capture(ctx context.Context) error {
-	var eg errgroup.Group
-	if err := a.timed("scan", a.memory.scan); err != nil {
-		return err
+	var eg, beside errgroup.Group
+	early := errors.New("storage was not taken yet")
+	a.taken = make(chan struct{})
+	beside.Go(func() error {
+		early = a.takeStorage(ctx) // tried again if it fails: a tree copied now may hold CRIU's names
+		return nil
+	})
+	beside.Go(func() error { return a.timed("tmpfs", a.archiveTmpfs) })
+	scan := func() error {
+		if err := a.timed("scan", a.memory.scan); err != nil {
+			return err
+		}
+		eg.Go(func() error { return a.timed("pages", func() error { return a.memory.complete(ctx) }) })
+		return nil
 	}
-	eg.Go(func() error { return a.timed("pages", func() error { return a.memory.complete(ctx) }) })
-	eg.Go(func() error { return a.finishDump(ctx) })
-	return eg.Wait()
+	eg.Go(func() error {
+		defer close(a.taken)
+		return a.timed("shared", func() error { return a.takeTmpfs(ctx) })
+	})
+	eg.Go(func() error {
+		return a.timed("criu", func() error {
+			return a.dump.Finish(ctx, dumpGrace, scan, func() error {
+				if err := beside.Wait(); err != nil {
+					return err
+				}
+				if err := a.timed("rearm", func() error { return a.memory.rearm(ctx) }); err != nil {
+					return err
+				}
+				linked, err := a.dump.LinksFiles()
+				if err != nil || (early == nil && !linked) {
+					return err
+				}
+				return a.takeStorage(ctx)
+			})
+		})
+	})
+	return errors.Join(eg.Wait(), beside.Wait())
 }
 
-func (a *acts) finishDump(ctx context.Context) error {
-	return a.timed("criu", func() error {
-		return a.dump.Finish(ctx, dumpGrace, func() error {
-			var eg errgroup.Group
-			eg.Go(func() error {
-				return a.timed("storage", func() error {
-					_, err := a.storage.Take(ctx, &storageAPI.CaptureRequest{Id: a.rec.Capture})
-					return storageError(err)
-				})
-			})
-			eg.Go(func() error { return a.timed("tmpfs", a.archiveTmpfs) })
-			return eg.Wait()
-		})
+func (a *acts) takeStorage(ctx context.Context) error {
+	return a.timed("storage", func() error {
+		_, err := a.storage.Take(ctx, &storageAPI.CaptureRequest{Id: a.rec.Capture})
+		return storageError(err)
 	})
 }
 
-func (a *acts) archiveTmpfs() error {
-	a.contents = nil
-	for _, f := range a.tmpfs {
-		c, err := tmpfs.Archive(a.runc.InitPid, f, filepath.Join(a.checkpointDir(), oci.TmpfsDir))
-		if err != nil {
-			return err
-		}
-		a.contents = append(a.contents, c)
+// calm ends what freeze began; it may be called again.
+func (a *acts) calm() {
+	if a.urgent != nil {
+		a.urgent()
 	}
-	return nil
 }
 
 // resume thaws the container.
@@ -324,6 +402,7 @@ func (a *acts) resume(ctx context.Context) (int64, error) {
 	if err := a.fz.Thaw(ctx); err != nil {
 		return 0, err
 	}
+	a.calm()
 	return monotonic(), nil
 }
 
@@ -338,6 +417,7 @@ func (a *acts) stop(ctx context.Context) (int64, error) {
 	}
 	err = a.fz.Kill(ctx)
 	a.killed = err == nil
+	a.calm()
 	at := monotonic()
 	if orphans != nil {
 		if err := orphans(); err != nil {
@@ -352,10 +432,12 @@ func (a *acts) stop(ctx context.Context) (int64, error) {
 
 // tidy releases what only the barrier needed.
 func (a *acts) tidy() error {
+	a.calm()
 	var errs []error
 	if a.memory != nil {
 		errs = append(errs, a.memory.close())
 	}
+	errs = append(errs, a.closeCopies())
 	if a.rules != nil {
 		errs = append(errs, a.rules.Remove())
 		a.rules = nil
@@ -369,24 +451,40 @@ func (a *acts) tidy() error {
 
 // seal writes the metadata and makes the capture durable.
 func (a *acts) seal(ctx context.Context) (*memberAPI.SealResponse, error) {
+	images := filepath.Join(a.checkpointDir(), oci.ImagesDir)
+	if err := a.dump.Save(ctx); err != nil {
+		return nil, err
+	}
 	for _, c := range a.contents {
-		if err := c.Save(); err != nil {
+		if err := c.Save(ctx); err != nil {
 			return nil, err
 		}
 	}
-	memory, err := a.memory.compose(ctx, filepath.Join(a.checkpointDir(), oci.ImagesDir))
+	if err := tmpfs.CheckImages(images); err != nil {
+		return nil, err
+	}
+	done, err := a.memory.compose(ctx, images)
 	if err != nil {
 		return nil, err
 	}
-	bytes := memory.BarrierBytes + memory.PrecopiedBytes
-	meta, err := a.metadata(bytes)
+	// A later epoch that builds on this one asks for it; one that does not ends it.
+	a.c.keep(a.req.Epoch, done.tracking)
+	a.accountTmpfs(done.memory)
+	if err := a.closeCopies(); err != nil {
+		return nil, err
+	}
+	meta, err := a.metadata(done)
 	if err != nil {
 		return nil, err
 	}
 	if err := oci.WriteCheckpointDir(a.checkpointDir(), *meta, a.spec); err != nil {
 		return nil, err
 	}
-	resp, err := a.storage.Seal(ctx, &storageAPI.CaptureRequest{Id: a.rec.Capture})
+	seal := &storageAPI.SealRequest{Id: a.rec.Capture}
+	if done.memory.Increment != "" {
+		seal.Uppers = a.memory.parent.uppers
+	}
+	resp, err := a.storage.Seal(ctx, seal)
 	if err != nil {
 		return nil, fmt.Errorf("seal the capture of container %s: %w", a.c.id, storageError(err))
 	}
@@ -396,7 +494,7 @@ func (a *acts) seal(ctx context.Context) (*memberAPI.SealResponse, error) {
 		return nil, err
 	}
 	return &memberAPI.SealResponse{
-		StorageBytes: resp.StorageBytes, MemoryBytes: bytes, Memory: memory, FsDir: resp.FsDir, CheckpointDir: resp.CheckpointDir,
+		StorageBytes: resp.StorageBytes, MemoryBytes: done.bytes, Memory: done.memory, FsDir: resp.FsDir, CheckpointDir: resp.CheckpointDir,
 		Capture: a.rec.Capture,
 	}, nil
 }
@@ -416,6 +514,9 @@ func (a *acts) cancelDump(ctx context.Context) error {
 
 // discard drops the capture.
 func (a *acts) discard(ctx context.Context) error {
+	if err := a.cancelDump(ctx); err != nil { // of one that was not saved
+		return err
+	}
 	if a.storage == nil {
 		return nil // never opened
 	}
@@ -449,6 +550,16 @@ func (a *acts) closeStorage() {
 		a.storageConn.Close()
 		a.storageConn, a.storage = nil, nil
 	}
+}
+
+// flush writes back the file system of dir.
+func flush(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return unix.Syncfs(int(f.Fd()))
 }
 
 func monotonic() int64 {

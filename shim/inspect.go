@@ -45,10 +45,23 @@ func (s memberService) Inspect(ctx context.Context, r *memberAPI.InspectRequest)
 		Rootfs: c.bundle + "/rootfs",
 	}
 	resp.Epoch = c.participant().Ledger().Epoch.ID
+	resp.TrackedEpoch = c.trackedEpoch()
+	// Both start a process, once in the shim's life.
+	probed := make(chan struct{})
+	go func() {
+		defer close(probed)
+		memoryFacts()
+	}()
 	if v, err := criuVersion(); err != nil {
 		resp.CriuError = err.Error()
 	} else {
 		resp.CriuVersion = uint32(v)
+	}
+	<-probed
+	if choice, err := chooseEngine(r.Engine); err != nil {
+		resp.MemoryEngineWhy = err.Error()
+	} else {
+		resp.MemoryEngine, resp.MemoryEngineWhy = string(choice.Engine), choice.Why
 	}
 	if st.Pid == 0 || st.Status == task.Status_STOPPED {
 		return resp, nil

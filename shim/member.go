@@ -288,6 +288,7 @@ func (c *container) undo(ctx context.Context, e group.Epoch, step group.Step) er
 		a.openGate()
 		return err
 	case group.Discard:
+		a.c.dropKept(e.ID)
 		return a.discard(ctx)
 	}
 	return fmt.Errorf("unknown undo step %q", step)
@@ -305,6 +306,7 @@ func (s *service) abortOpen(ctx context.Context, c *container) {
 		log.G(ctx).WithError(err).WithField("id", c.id).Error("end the open epoch of a container that goes away")
 	}
 	p.Close()
+	c.dropKept("")
 }
 
 // abortAll ends the open epochs of all containers: the shim is going away.
@@ -363,7 +365,7 @@ func (s *service) held(id string) (*restore, error) {
 	if err != nil {
 		return nil, err
 	}
-	if c.restore == nil || c.restore.hold == nil {
+	if c.restore == nil || !c.restore.coordinated {
 		return nil, errgrpc.ToGRPCf(errdefs.ErrFailedPrecondition, "container %s is not being restored with %s", id, annotation.Hold)
 	}
 	return c.restore, nil

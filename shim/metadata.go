@@ -37,7 +37,7 @@ const maxFile = 1 << 20
 
 // metadata describes the capture in oci's terms, and copies small bind-mounted
 // files beside the images.
-func (a *acts) metadata(memory uint64) (*oci.Checkpoint, error) {
+func (a *acts) metadata(done *composed) (*oci.Checkpoint, error) {
 	c := &oci.Checkpoint{
 		Version: oci.Version, Group: a.req.Group, Member: a.req.Member, ContainerID: a.c.id,
 		Epoch: a.req.Epoch, EpochNumber: a.req.Number, CreatedAt: time.Unix(0, a.req.CreatedUnixNs), CutAt: a.frozenAt,
@@ -47,7 +47,11 @@ func (a *acts) metadata(memory uint64) (*oci.Checkpoint, error) {
 			ImageRef: a.req.ImageRef, ImageDigest: digest.Digest(a.req.ImageDigest), ChainID: digest.Digest(a.req.ChainId),
 			ReadOnly: a.spec.Root != nil && a.spec.Root.Readonly,
 		},
-		MemoryBytes: memory,
+		MemoryBytes: done.bytes,
+	}
+	if done.memory.Increment != "" {
+		c.Parent = &oci.ParentEpoch{Epoch: a.memory.parent.epoch, Number: a.memory.parent.number}
+		c.Chain = a.memory.parent.length + 1
 	}
 	if a.network != nil {
 		c.NetNS, c.Network = netnsName(a.netnsID), mustJSON(a.network)

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	taskAPI "github.com/containerd/containerd/api/runtime/task/v3"
+	"github.com/containerd/errdefs"
 	"github.com/containerd/log"
 	"github.com/opencontainers/runtime-spec/specs-go"
 
@@ -22,6 +23,7 @@ import (
 	"github.com/cohort-project/cohort/oci"
 	"github.com/cohort-project/cohort/runtime/criu"
 	"github.com/cohort-project/cohort/runtime/journal"
+	"github.com/cohort-project/cohort/runtime/memory/pages"
 	"github.com/cohort-project/cohort/runtime/netlock"
 	"github.com/cohort-project/cohort/runtime/tmpfs"
 )
@@ -48,8 +50,11 @@ type restore struct {
 	netns string
 	// rules keep the namespace silent until the restore is complete.
 	rules *netlock.Rules
-	// hold is set where a coordinator decides when the container goes on.
-	hold *hold
+	// hold keeps the container at CRIU's post-restore until a coordinator, or where
+	// there is none the shim itself, has opened the network and lets it go on; nil
+	// where there is no coordinator and nothing to open.
+	hold        *hold
+	coordinated bool
 	// outside is "close" or "keep"; inside are all network namespaces of the group.
 	outside string
 	inside  []string
@@ -64,13 +69,11 @@ type restore struct {
 }
 
 // prepareRestore turns a bundle made from a checkpoint image into one that
-// runc can restore, and sets the request's checkpoint.
-func prepareRestore(ctx context.Context, c *container, r *taskAPI.CreateTaskRequest, dir string, annotations map[string]string) (_ *restore, retErr error) {
-	// The directory came out of an image: nothing in it is believed.
-	if err := oci.VerifyCheckpointDir(ctx, dir, maxCheckpoint); err != nil {
-		return nil, err
-	}
-	meta, saved, err := oci.ReadCheckpointDir(dir)
+// runc can restore, and sets the request's checkpoint. dirs are the checkpoints in
+// the image's layers, topmost first.
+func prepareRestore(ctx context.Context, c *container, r *taskAPI.CreateTaskRequest, dirs []string, annotations map[string]string) (_ *restore, retErr error) {
+	dir := dirs[0]
+	meta, saved, chain, err := readChain(ctx, dirs)
 	if err != nil {
 		return nil, err
 	}
@@ -106,21 +109,28 @@ func prepareRestore(ctx context.Context, c *container, r *taskAPI.CreateTaskRequ
 	if err := x.network(ctx, spec, meta, annotations); err != nil {
 		return nil, err
 	}
-	held := annotations[annotation.Hold] == "true"
+	x.coordinated = annotations[annotation.Hold] == "true"
 	var action string
-	if held {
+	if x.coordinated || x.rules != nil {
 		if x.hold, err = newHold(private); err != nil {
 			return nil, err
 		}
 		if action, err = os.Executable(); err != nil {
 			return nil, err
 		}
+		if !x.coordinated {
+			go x.decide(context.WithoutCancel(ctx))
+		}
 	}
 	external, err := x.mountTmpfs(ctx, meta, dir, private)
 	if err != nil {
 		return nil, err
 	}
-	conf, err := criu.RestoreConfig{Dir: private, Images: filepath.Join(dir, oci.ImagesDir), Hold: action, External: external}.Write()
+	images, err := linkImages(private, chain)
+	if err != nil {
+		return nil, err
+	}
+	conf, err := criu.RestoreConfig{Dir: private, Images: images, Hold: action, External: external}.Write()
 	if err != nil {
 		return nil, err
 	}
@@ -131,8 +141,51 @@ func prepareRestore(ctx context.Context, c *container, r *taskAPI.CreateTaskRequ
 	if err := writeJSON(configPath, spec); err != nil {
 		return nil, err
 	}
-	r.Checkpoint = filepath.Join(dir, oci.ImagesDir)
+	r.Checkpoint = images
 	return x, nil
+}
+
+// readChain reads the checkpoint in dirs[0] and gives the image directories that
+// its memory is in, newest first: its own, and those of the epochs it builds on.
+// They came out of an image: nothing in them is believed.
+func readChain(ctx context.Context, dirs []string) (meta *oci.Checkpoint, spec *specs.Spec, images []string, err error) {
+	var next *oci.Checkpoint
+	for i, dir := range dirs {
+		if err := oci.VerifyCheckpointDir(ctx, dir, maxCheckpoint); err != nil {
+			return nil, nil, nil, err
+		}
+		m, s, err := oci.ReadCheckpointDir(dir)
+		if err != nil {
+			return nil, nil, nil, err
+		}
+		if i == 0 {
+			meta, spec = m, s
+		} else if m.Epoch != next.Parent.Epoch {
+			return nil, nil, nil, fmt.Errorf("the image's checkpoint of epoch %d builds on epoch %s, but the layer below is of epoch %s: %w", next.EpochNumber, next.Parent.Epoch, m.Epoch, errdefs.ErrInvalidArgument)
+		}
+		images = append(images, filepath.Join(dir, oci.ImagesDir))
+		if m.Parent == nil {
+			return meta, spec, images, nil
+		}
+		next = m
+	}
+	return nil, nil, nil, fmt.Errorf("the image's checkpoint of epoch %d builds on epoch %s, which none of its layers holds: %w", next.EpochNumber, next.Parent.Epoch, errdefs.ErrInvalidArgument)
+}
+
+// linkImages gives CRIU one directory for a chain of them; nothing is copied.
+func linkImages(private string, chain []string) (string, error) {
+	if len(chain) == 1 {
+		return chain[0], nil
+	}
+	dir := filepath.Join(private, oci.ImagesDir)
+	// Left by a Create that failed half-way.
+	if err := os.RemoveAll(dir); err != nil {
+		return "", err
+	}
+	if err := pages.Link(dir, chain); err != nil {
+		return "", fmt.Errorf("link the memory of %d epochs: %w", len(chain), err)
+	}
+	return dir, nil
 }
 
 // copyFiles gives the container its own copies of captured files.
@@ -263,10 +316,24 @@ func (x *restore) network(ctx context.Context, spec *specs.Spec, meta *oci.Check
 	return nil
 }
 
+// decide lets a container that no coordinator waits for go on when it is complete
+// and its network is open.
+func (x *restore) decide(ctx context.Context) {
+	x.hold.timer.Stop() // the client starts the task when it likes
+	if err := x.hold.await(ctx); err != nil {
+		return
+	}
+	err := x.openNetwork()
+	if err != nil {
+		log.G(ctx).WithError(err).WithField("id", x.id).Error("open the network of a restored container")
+	}
+	x.hold.decide(err == nil)
+}
+
 // started runs after CRIU has let the tasks go.
 func (x *restore) started(ctx context.Context, _ int) error {
 	x.unmountTmpfs()
-	if x.hold == nil {
+	if !x.coordinated {
 		err := x.openNetwork()
 		for _, n := range x.notes {
 			log.G(ctx).WithField("id", x.id).Warn("restore: " + n)

@@ -15,8 +15,8 @@ type storageRef struct {
 	// upper is the writable layer's directory; empty if the rootfs is not an
 	// overlay or bind mount of the cohort snapshotter's layout.
 	upper string
-	// lower is the topmost read-only layer; empty if there is none.
-	lower string
+	// lowers are the read-only layers, topmost first.
+	lowers []string
 	// socket is cohortd's Storage socket; empty if the rootfs is another
 	// snapshotter's.
 	socket string
@@ -35,7 +35,7 @@ func storageOf(mounts []*types.Mount) storageRef {
 					s.upper = v
 				}
 				if v, ok := strings.CutPrefix(o, "lowerdir="); ok {
-					s.lower, _, _ = strings.Cut(v, ":")
+					s.lowers = strings.Split(v, ":")
 				}
 			}
 		case m.Type == "bind" && s.upper == "":
@@ -57,16 +57,21 @@ func isSocket(path string) bool {
 	return err == nil && fi.Mode().Type() == os.ModeSocket
 }
 
-// checkpointDir is the directory of the checkpoint that the topmost layer of
-// the image holds; empty if it holds none. Only the cohort snapshotter keeps
-// one there, outside of every container's view.
-func (s storageRef) checkpointDir() string {
-	if s.socket == "" || s.lower == "" {
-		return ""
+// checkpoints are the directories of the checkpoints that the image's layers
+// hold, topmost first; none unless the topmost layer is one. Only the cohort snapshotter keeps
+// any there, outside of every container's view.
+func (s storageRef) checkpoints() []string {
+	if s.socket == "" {
+		return nil
 	}
-	dir := filepath.Join(filepath.Dir(s.lower), "checkpoint")
-	if fi, err := os.Lstat(dir); err != nil || !fi.IsDir() {
-		return ""
+	var dirs []string
+	for i, l := range s.lowers {
+		dir := filepath.Join(filepath.Dir(l), "checkpoint")
+		if fi, err := os.Lstat(dir); err == nil && fi.IsDir() {
+			dirs = append(dirs, dir)
+		} else if i == 0 {
+			return nil
+		}
 	}
-	return dir
+	return dirs
 }

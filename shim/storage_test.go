@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/containerd/containerd/api/types"
@@ -25,7 +26,7 @@ func TestCheckpointIsFoundOnlyBesideTheTopmostLayerOfOurSnapshotter(t *testing.T
 	if err := os.Mkdir(filepath.Join(root, "snapshots", "2", "checkpoint"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if s := storageOf(mounts(snap("2") + ":" + snap("1"))); s.socket != "" || s.checkpointDir() != "" {
+	if s := storageOf(mounts(snap("2") + ":" + snap("1"))); s.socket != "" || len(s.checkpoints()) > 0 {
 		t.Fatalf("without cohortd's socket: %+v", s)
 	}
 	l, err := net.Listen("unix", filepath.Join(root, "host.sock"))
@@ -34,10 +35,10 @@ func TestCheckpointIsFoundOnlyBesideTheTopmostLayerOfOurSnapshotter(t *testing.T
 	}
 	defer l.Close()
 	s := storageOf(mounts(snap("2") + ":" + snap("1")))
-	if want := filepath.Join(root, "snapshots", "2", "checkpoint"); s.checkpointDir() != want || s.upper != snap("3") {
-		t.Fatalf("%+v, checkpoint %q; want %q", s, s.checkpointDir(), want)
+	if want := filepath.Join(root, "snapshots", "2", "checkpoint"); !slices.Equal(s.checkpoints(), []string{want}) || s.upper != snap("3") {
+		t.Fatalf("%+v, checkpoint %q; want %q", s, s.checkpoints(), want)
 	}
-	if s := storageOf(mounts(snap("1") + ":" + snap("2"))); s.checkpointDir() != "" {
+	if s := storageOf(mounts(snap("1") + ":" + snap("2"))); len(s.checkpoints()) > 0 {
 		t.Fatalf("a checkpoint below other layers was taken: %+v", s)
 	}
 	if err := os.Remove(filepath.Join(root, "snapshots", "2", "checkpoint")); err != nil {
@@ -46,7 +47,7 @@ func TestCheckpointIsFoundOnlyBesideTheTopmostLayerOfOurSnapshotter(t *testing.T
 	if err := os.Symlink("/", filepath.Join(root, "snapshots", "2", "checkpoint")); err != nil {
 		t.Fatal(err)
 	}
-	if s := storageOf(mounts(snap("2"))); s.checkpointDir() != "" {
-		t.Fatalf("a link was followed: %q", s.checkpointDir())
+	if s := storageOf(mounts(snap("2"))); len(s.checkpoints()) > 0 {
+		t.Fatalf("a link was followed: %q", s.checkpoints())
 	}
 }

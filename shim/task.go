@@ -23,6 +23,7 @@ import (
 	"github.com/containerd/containerd/v2/pkg/shutdown"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
+	runc "github.com/containerd/go-runc"
 	"github.com/containerd/log"
 	"github.com/containerd/ttrpc"
 	"github.com/containerd/typeurl/v2"
@@ -79,6 +80,9 @@ type container struct {
 
 	recMu sync.Mutex
 	rec   *journal.Epoch // on disk; nil while no epoch is open
+
+	keptMu sync.Mutex
+	kept   *kept // tracking between two epochs
 }
 
 // gateWidth is more calls than will ever be going on at once.
@@ -89,6 +93,7 @@ func newService(ctx context.Context, publisher containerdshim.Publisher, sd shut
 	if err != nil {
 		return nil, err
 	}
+	runc.Monitor = lastingThreads{runc.Monitor} // set by the line above
 	s := &service{
 		TTRPCTaskService: inner,
 		publisher:        publisher,
@@ -136,8 +141,8 @@ func (s *service) Create(ctx context.Context, r *taskAPI.CreateTaskRequest) (_ *
 		return nil, errgrpc.ToGRPC(err)
 	}
 	if r.Checkpoint == "" && annotations[annotation.Restore] != "false" {
-		if dir := c.storage.checkpointDir(); dir != "" {
-			if c.restore, err = prepareRestore(ctx, c, r, dir, annotations); err != nil {
+		if dirs := c.storage.checkpoints(); len(dirs) > 0 {
+			if c.restore, err = prepareRestore(ctx, c, r, dirs, annotations); err != nil {
 				return nil, errgrpc.ToGRPC(fmt.Errorf("restore container %s from its image: %w", r.ID, err))
 			}
 			defer func() {
