@@ -85,9 +85,13 @@ demo: build setup ## PostgreSQL, Redis and a web shop, checkpointed under load a
 	@$(RUN_ENV) '$(BIN)/demo'
 
 .PHONY: bench
-bench: build setup ## measure cohort beside stock containerd; BENCH_OUT=FILE takes the JSON rows
+bench: build setup ## measure cohort beside containerd and CRIU; BENCH_OUT=FILE takes the rows, see docs/bench.md
 	@$(GO_BUILD) -o '$(BIN)/bench' ./integration/bench
 	@$(RUN_ENV) BENCH_OUT='$(BENCH_OUT)' '$(BIN)/bench'
+
+.PHONY: bench-pictures
+bench-pictures: ## draw docs/bench-*.svg and the tables of docs/bench.md from BENCH_OUT
+	@$(GO) run -buildvcs=false ./integration/bench -draw '$(BENCH_OUT)'
 
 .PHONY: lint
 lint: proto-check build-arm64 ## linters, formatting, generated code, arm64

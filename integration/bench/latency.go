@@ -4,9 +4,8 @@ package main
 
 import (
 	"context"
-	"fmt"
-	"os"
 
+	"github.com/cohort-project/cohort/integration/bench/result"
 	"github.com/cohort-project/cohort/integration/harness"
 )
 
@@ -14,51 +13,57 @@ import (
 // programs and layers on disk, the others in memory.
 const warmUp = 2
 
-// latency measures what a container costs that is never checkpointed. Each system
-// has its turn in each round, and another one begins each round.
-func (b *bench) latency(ctx context.Context, runs int) ([]row, error) {
-	fmt.Fprintf(os.Stderr, "%s: %d runs each\n", latencyCase, runs)
-	for _, s := range systems {
-		if err := b.in.Unpack(ctx, harness.BusyboxImage, s.runtime.Snapshotter); err != nil {
-			return nil, fmt.Errorf("unpacking %s for %s: %w", harness.BusyboxImage, s.name, err)
-		}
+// latencyCase measures what a container costs that is never checkpointed. Each
+// system has its turn in each round, and another one begins each round.
+type latencyCase struct{ runs int }
+
+func (latencyCase) name() string   { return result.RunCase }
+func (latencyCase) memoryMiB() int { return 0 }
+
+func (c latencyCase) run(ctx context.Context, b *bench) []result.Row {
+	list := []struct {
+		name    string
+		runtime harness.Runtime
+		took    []float64
+		failed  int
+		err     error
+	}{
+		{name: result.Containerd, runtime: harness.Stock},
+		{name: result.Cohort, runtime: harness.CohortOnCohort},
+		{name: result.CohortOverlay, runtime: harness.CohortOnStock},
 	}
-	took := make([][]float64, len(systems))
-	failed := make([]error, len(systems))
+	runs := b.plan.times(c.runs)
+	progress("%s: %d runs each", result.RunCase, runs)
 	for round := range warmUp + runs {
-		for n := range systems {
-			i := (n + round) % len(systems)
-			ms, err := timed(ctx, func(ctx context.Context) error { return b.runTrue(ctx, systems[i].runtime) })
-			if ctx.Err() != nil {
-				return nil, context.Cause(ctx)
-			}
-			if err != nil {
-				failed[i] = err
-				continue
-			}
-			if round >= warmUp {
-				took[i] = append(took[i], ms)
+		for n := range list {
+			s := &list[(n+round)%len(list)]
+			ms, err := timed(ctx, func(ctx context.Context) error { return b.runTrue(ctx, s.runtime) })
+			switch {
+			case ctx.Err() != nil:
+				return nil
+			case err != nil:
+				s.failed, s.err = s.failed+1, err
+			case round >= warmUp:
+				s.took = append(s.took, ms)
 			}
 		}
 	}
-	var rows []row
-	for i, s := range systems {
-		r := row{Case: latencyCase, System: s.name, RunP50: median(took[i]), Repeats: runs, Failures: runs + warmUp - len(took[i])}
-		if failed[i] != nil {
-			r.Error = failed[i].Error()
-		} else {
-			r.Failures = 0
+	var rows []result.Row
+	for _, s := range list {
+		r := result.Row{Case: result.RunCase, System: s.name, RunP50: result.Median(s.took), Repeats: len(s.took), Failures: s.failed}
+		if s.err != nil {
+			r.Error = s.err.Error()
 		}
 		rows = append(rows, r)
 	}
-	return rows, nil
+	return rows
 }
 
 func (b *bench) runTrue(ctx context.Context, r harness.Runtime) error {
 	id := b.in.Name("true")
 	_, err := b.in.Ctr(ctx, "run", "--rm", "--runtime", r.Runtime, "--snapshotter", r.Snapshotter, harness.BusyboxImage, id, "/bin/true")
 	if err != nil {
-		_ = b.in.CtrOf(r).Remove(context.WithoutCancel(ctx), id)
+		_ = b.in.CtrOf(r).Remove(context.WithoutCancel(ctx), id) // the first error is the one to tell
 	}
 	return err
 }

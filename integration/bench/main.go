@@ -1,89 +1,89 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// Bench is `make bench`: it measures cohort beside stock containerd, in the same
-// run, with the same program, in alternating order.
-//
-// A case is one or more processes (the program ticker, one container each) that
-// hold random memory and write 100 random bytes of it each millisecond. They are
-// checkpointed, removed, and restored:
-//
-//	containerd   the stock shim on overlayfs: ctr containers checkpoint --rw --task,
-//	             then ctr containers restore --rw --live, for one member after the
-//	             other, which is all that it can do with a group
-//	cohort       cohort's shim and snapshotter: cohort checkpoint, then cohort restore
-//
-// What is measured, in milliseconds unless said otherwise:
-//
-//	stop_ms      the longest time between two ticks of a member's 1 ms ticker around
-//	             the checkpoint, as the member itself feels it by CLOCK_MONOTONIC;
-//	             of a group, the longest of any member. For containerd this is kind:
-//	             its members stand still one after the other, and the group as a
-//	             whole for the sum
-//	total_ms     from the start of the command (of the first, for a group of
-//	             containerd's) until the last has returned and the image exists
-//	restore_ms   the same of the restore
-//	image_bytes  what the checkpoint adds to the content store: the sizes of all blobs
-//	             that its images refer to, without those of the containers' image
-//	run_ms       ctr run --rm of /bin/true (case run_latency only)
-//
-// All values are medians of the repeats, but stop_ms_max. After each restore the
-// members verify every byte that they hold; one that finds a wrong one makes the
-// measurement fail.
-//
-// BENCH_OUT names the file for the results: lines of JSON, the first of which
-// describes the machine and the run, each other one a row. BENCH_N is the number of
-// repeats of every case, BENCH_CASES a regular expression that chooses cases.
 package main
 
 import (
 	"context"
+	"errors"
+	"flag"
 	"fmt"
-	"math"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"regexp"
-	"slices"
 	"strconv"
+	"strings"
 	"syscall"
 	"time"
 
+	"github.com/cohort-project/cohort/integration/bench/picture"
+	"github.com/cohort-project/cohort/integration/bench/result"
 	"github.com/cohort-project/cohort/integration/harness"
-)
-
-// workload is what one case checkpoints.
-type workload struct {
-	name    string
-	members int
-	mib     int
-	repeats int
-}
-
-var workloads = []workload{
-	{"process-16MiB", 1, 16, 5},
-	{"process-256MiB", 1, 256, 5},
-	{"process-1024MiB", 1, 1024, 3},
-	{"group-1x256MiB", 1, 256, 5},
-	{"group-2x256MiB", 2, 256, 5},
-	{"group-4x256MiB", 4, 256, 3},
-}
-
-// latencyCase is the case that checkpoints nothing, and how often it runs.
-const (
-	latencyCase = "run_latency"
-	latencyRuns = 40
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGINT, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx); err != nil {
+	from := flag.String("draw", "", "draw the pictures from these `files` of results, separated by commas, and measure nothing")
+	into := flag.String("into", "docs", "`folder` for the pictures")
+	page := flag.String("page", "docs/bench.md", "`file` whose tables are written with the pictures")
+	flag.Parse()
+	if flag.NArg() > 0 {
+		flag.Usage()
+		os.Exit(2)
+	}
+	err := func() error {
+		if *from != "" {
+			return draw(strings.Split(*from, ","), *into, *page)
+		}
+		return run(ctx)
+	}()
+	if err != nil {
 		fmt.Fprintf(os.Stderr, "bench: %v\n", err)
 		os.Exit(1)
 	}
 }
 
+// draw writes what can be drawn of the results; a picture whose cases were not
+// measured stays as it is. Cases of a later file take the place of those of an
+// earlier one, so that some can be measured again.
+func draw(from []string, into, page string) error {
+	f := &result.File{}
+	for _, path := range from {
+		more, err := result.Read(path)
+		if err != nil {
+			return err
+		}
+		f.Replace(more)
+	}
+	for name, paint := range map[string]func(*result.File) ([]byte, error){
+		"bench-stop.svg": picture.Stop, "bench-phases.svg": picture.Phases,
+	} {
+		svg, err := paint(f)
+		if errors.Is(err, picture.ErrNothing) {
+			fmt.Fprintf(os.Stderr, "%s is left as it is: %v\n", name, err)
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("drawing %s: %w", name, err)
+		}
+		if err := os.WriteFile(filepath.Join(into, name), svg, 0o644); err != nil {
+			return err
+		}
+	}
+	old, err := os.ReadFile(page)
+	if err != nil {
+		return err
+	}
+	text, err := f.Insert(string(old))
+	if err != nil {
+		return fmt.Errorf("%s: %w", page, err)
+	}
+	return os.WriteFile(page, []byte(text), 0o644)
+}
+
 func run(ctx context.Context) (err error) {
-	repeats, err := number("BENCH_N")
+	p, err := planFromEnv()
 	if err != nil {
 		return err
 	}
@@ -92,164 +92,134 @@ func run(ctx context.Context) (err error) {
 		return fmt.Errorf("BENCH_CASES: %w", err)
 	}
 	if os.Geteuid() != 0 {
-		return fmt.Errorf("the benchmark makes containers: run it as root")
+		return errors.New("the benchmark makes containers: run it as root")
 	}
 	in, err := harness.Shared()
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if closeErr := in.Close(); err == nil {
-			err = closeErr
-		}
-	}()
-	b := &bench{in: in, base: map[string]bool{}}
-	for _, s := range systems {
-		if err := in.Unpack(ctx, harness.ToolsImage, s.runtime.Snapshotter); err != nil {
-			return fmt.Errorf("unpacking %s for %s: %w", harness.ToolsImage, s.name, err)
-		}
-	}
-	if err := b.countBase(ctx); err != nil {
+	defer func() { err = errors.Join(err, in.Close()) }()
+	b := &bench{in: in, plan: p}
+	if err := b.prepare(ctx); err != nil {
 		return err
 	}
+	f := &result.File{Header: facts(ctx, in)}
 	begin := time.Now()
-	var rows []row
-	for _, w := range workloads {
-		if !chosen.MatchString(w.name) {
+	failed := 0
+	for _, c := range cases() {
+		if !chosen.MatchString(c.name()) || p.tooLarge(c) {
 			continue
 		}
-		if repeats > 0 {
-			w.repeats = repeats
-		}
-		rows = append(rows, b.compare(ctx, w)...)
+		rows := c.run(ctx, b)
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-	}
-	if chosen.MatchString(latencyCase) {
-		n := latencyRuns
-		if repeats > 0 {
-			n = max(latencyRuns*repeats/5, 1)
+		for _, r := range rows {
+			failed += r.Failures
 		}
-		more, err := b.latency(ctx, n)
-		if err != nil {
-			return err
+		f.Rows = append(f.Rows, rows...)
+		if err := b.clean(ctx); err != nil {
+			failed++
+			fmt.Fprintf(os.Stderr, "%s left behind: %v\n", c.name(), err)
 		}
-		rows = append(rows, more...)
-	}
-	if err := in.Leaks(); err != nil {
-		return fmt.Errorf("left behind: %w", err)
-	}
-	printTable(os.Stdout, rows)
-	fmt.Printf("\n%s; took %v\n", facts(ctx, in), time.Since(begin).Round(time.Second))
-	if path := os.Getenv("BENCH_OUT"); path != "" {
-		if err := write(path, facts(ctx, in), rows); err != nil {
-			return err
+		// Whatever ends the run early, what has been measured is there.
+		f.Header.TookSeconds = time.Since(begin).Seconds()
+		if path := os.Getenv("BENCH_OUT"); path != "" {
+			if err := f.Write(path); err != nil {
+				return err
+			}
 		}
-		fmt.Printf("rows: %s\n", path)
+	}
+	if err := f.Print(os.Stdout); err != nil {
+		return err
+	}
+	fmt.Printf("\n%s; took %v\n", f.Header, time.Since(begin).Round(time.Second))
+	if failed > 0 {
+		return fmt.Errorf("%d measurements failed, see above", failed)
 	}
 	return nil
 }
 
-// number reads a positive number from the environment, 0 if there is none.
-func number(name string) (int, error) {
-	v := os.Getenv(name)
-	if v == "" {
-		return 0, nil
-	}
-	n, err := strconv.Atoi(v)
-	if err != nil || n < 1 {
-		return 0, fmt.Errorf("%s=%q: give a positive number", name, v)
-	}
-	return n, nil
-}
+// leakLimit is how long what a checkpoint used may take to go away by itself.
+const leakLimit = 15 * time.Second
 
-// compare measures one workload with both systems.
-func (b *bench) compare(ctx context.Context, w workload) []row {
-	results := make([]results, len(checkpointing))
-	for n := range w.repeats {
-		order := slices.Clone(checkpointing)
-		if n%2 == 1 {
-			slices.Reverse(order)
-		}
-		for _, i := range order {
-			if ctx.Err() != nil {
-				return nil
-			}
-			fmt.Fprintf(os.Stderr, "%s, %d of %d: %s\n", w.name, n+1, w.repeats, systems[i].name)
-			m, err := b.measure(ctx, systems[i], w)
-			results[i].add(m, err)
-			if err != nil {
-				fmt.Fprintf(os.Stderr, "  failed: %v\n", err)
-			}
-		}
-	}
-	var rows []row
-	for i, r := range results {
-		rows = append(rows, r.row(w, systems[i].name))
-	}
-	return rows
-}
-
-// results are the measurements of one system in one case.
-type results struct {
-	stop, reported, idle, total, restore, bytes []float64
-	failures                                    int
-	err                                         error
-}
-
-func (r *results) add(m measurement, err error) {
-	if err != nil {
-		r.failures++
-		r.err = err
-	}
-	// What came before the failure counts: a restore that fails does not make the
-	// checkpoint unmeasured.
-	for v, list := range map[*float64]*[]float64{
-		&m.stop: &r.stop, &m.reported: &r.reported, &m.idle: &r.idle,
-		&m.total: &r.total, &m.restore: &r.restore, &m.bytes: &r.bytes,
-	} {
-		if *v > 0 {
-			*list = append(*list, *v)
+// clean tells what a case has left behind.
+func (b *bench) clean(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, leakLimit)
+	defer cancel()
+	for {
+		err := b.in.Leaks()
+		if err == nil || pause(ctx, 100*time.Millisecond) != nil {
+			return err
 		}
 	}
 }
 
-func (r *results) row(w workload, system string) row {
-	out := row{
-		Case: w.name, System: system,
-		StopP50: median(r.stop), StopMax: longest(r.stop), Total: median(r.total), Restore: median(r.restore),
-		Members: w.members, MemoryMiB: w.mib, Repeats: w.repeats, Failures: r.failures,
-		StopReportedP50: median(r.reported), IdleGapMax: longest(r.idle),
-	}
-	if m := median(r.bytes); m != nil {
-		n := int64(*m)
-		out.ImageBytes = &n
-	}
-	if r.err != nil {
-		out.Error = r.err.Error()
-	}
-	return out
+// plan is how much is measured.
+type plan struct {
+	// n is how often cohort is measured in the cases that targets are about.
+	n     int
+	quick bool
+	// minutes is how long the whole run may take, about.
+	minutes float64
 }
 
-// median is nil of nothing; times are rounded to a hundredth.
-func median(list []float64) *float64 {
-	if len(list) == 0 {
-		return nil
+// fullN is the n for which cases.go gives its numbers.
+const fullN = 20
+
+// defaultMinutes is the time for which cases.go gives its limits.
+const defaultMinutes = 25
+
+// quickMiB is the most memory of a case that a quick run measures.
+const quickMiB = 1024
+
+func planFromEnv() (plan, error) {
+	p := plan{n: fullN, minutes: defaultMinutes}
+	switch v := os.Getenv("BENCH_QUICK"); v {
+	case "", "0":
+	case "1":
+		p.quick, p.n = true, 2
+	default:
+		return p, fmt.Errorf("BENCH_QUICK=%q: give 1 or 0", v)
 	}
-	s := slices.Sorted(slices.Values(list))
-	m := (s[(len(s)-1)/2] + s[len(s)/2]) / 2
-	return rounded(m)
+	if v := os.Getenv("BENCH_N"); v != "" {
+		n, err := strconv.Atoi(v)
+		if err != nil || n < 1 {
+			return p, fmt.Errorf("BENCH_N=%q: give a positive number", v)
+		}
+		p.n = n
+	}
+	if v := os.Getenv("BENCH_MINUTES"); v != "" {
+		m, err := strconv.ParseFloat(v, 64)
+		if err != nil || m <= 0 || m > 24*60 {
+			return p, fmt.Errorf("BENCH_MINUTES=%q: give a positive number", v)
+		}
+		p.minutes = m
+	}
+	return p, nil
 }
 
-func longest(list []float64) *float64 {
-	if len(list) == 0 {
-		return nil
-	}
-	return rounded(slices.Max(list))
+// limit scales a case's limit of cases.go.
+func (p plan) limit(full time.Duration) time.Duration {
+	return time.Duration(float64(full) * p.minutes / defaultMinutes)
 }
 
-func rounded(v float64) *float64 {
-	v = math.Round(v*100) / 100
-	return &v
+// times scales a number of cases.go; nothing that is measured at all is measured
+// less than once.
+func (p plan) times(full int) int {
+	if full == 0 {
+		return 0
+	}
+	return max(1, (full*p.n+fullN/2)/fullN)
+}
+
+func (p plan) tooLarge(c benchCase) bool { return p.quick && c.memoryMiB() > quickMiB }
+
+// progress tells on standard error what is going on.
+func progress(format string, args ...any) { fmt.Fprintf(os.Stderr, format+"\n", args...) }
+
+// skip is the row of a case that cannot be run, and why.
+func skip(name, system, why string) result.Row {
+	progress("%s: skipped: %s", name, why)
+	return result.Row{Case: name, System: system, Skipped: why}
 }

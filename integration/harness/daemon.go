@@ -36,6 +36,22 @@ func (in *Instance) KillDaemon(t testing.TB, name string) {
 	}
 }
 
+// EndDaemon is KillDaemon with SIGTERM, as a service manager ends it, and tells how
+// long it took.
+func (in *Instance) EndDaemon(t testing.TB, name string) time.Duration {
+	t.Helper()
+	proc, err := in.daemon(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Restart(t) })
+	begun := time.Now()
+	if err := endProcess(Context(t), proc, syscall.SIGTERM); err != nil {
+		t.Fatalf("ending %s: %v", name, err)
+	}
+	return time.Since(begun)
+}
+
 // Restart starts whichever daemon of the instance does not run, and returns when
 // it answers.
 func (in *Instance) Restart(t testing.TB) {
@@ -70,6 +86,10 @@ func (in *Instance) daemon(name string) (journal.Proc, error) {
 
 // KillProcess kills a process with SIGKILL and waits until it has gone.
 func KillProcess(ctx context.Context, p journal.Proc) error {
+	return endProcess(ctx, p, syscall.SIGKILL)
+}
+
+func endProcess(ctx context.Context, p journal.Proc, signal syscall.Signal) error {
 	fd, err := unix.PidfdOpen(p.Pid, 0)
 	if err != nil {
 		return err
@@ -79,7 +99,7 @@ func KillProcess(ctx context.Context, p journal.Proc) error {
 	if !p.Alive() {
 		return fmt.Errorf("process %d: %w", p.Pid, os.ErrProcessDone)
 	}
-	if err := unix.PidfdSendSignal(fd, syscall.SIGKILL, nil, 0); err != nil {
+	if err := unix.PidfdSendSignal(fd, signal, nil, 0); err != nil {
 		return err
 	}
 	return waitPidfd(ctx, fd, p.Pid)

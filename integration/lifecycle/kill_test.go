@@ -486,9 +486,9 @@ func (e *epoch) named(name string) {
 }
 
 // runs expects a member to answer.
-func (e *epoch) runs(ctx context.Context, id string) error {
+func (g *group) runs(ctx context.Context, id string) error {
 	var r programs.Ticker
-	if err := programs.Ask(ctx, e.pids[id], reportPath, &r); err != nil {
+	if err := programs.Ask(ctx, g.pids[id], reportPath, &r); err != nil {
 		return fmt.Errorf("container %s does not run: %w", id, err)
 	}
 	if !r.SumOK {

@@ -30,8 +30,13 @@ import (
 // registry starts the distribution registry on loopback, for one test.
 func (w *world) registry() (address string) {
 	w.Helper()
+	return w.registryIn(w.TempDir())
+}
+
+// registryIn keeps what it stores below dir/data.
+func (w *world) registryIn(dir string) (address string) {
+	w.Helper()
 	program := harness.RequireTool(w, "registry")
-	dir := w.TempDir()
 	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free now
 	w.must(err)
 	address = l.Addr().String()

@@ -39,6 +39,10 @@ type (
 			StorageBytes *uint64            `json:"storage_bytes"`
 			Image        string             `json:"image"`
 			Digest       string             `json:"digest"`
+			ParentEpoch  string             `json:"parent_epoch"`
+			Chain        int                `json:"chain"`
+			Bytes        int64              `json:"bytes"`
+			Increment    int64              `json:"increment_bytes"`
 			PartsMS      map[string]float64 `json:"parts_ms"`
 			Memory       struct {
 				Engine         string `json:"engine"`
@@ -49,9 +53,18 @@ type (
 				BarrierBytes   uint64 `json:"barrier_bytes"`
 				PrecopiedBytes uint64 `json:"precopied_bytes"`
 				Untracked      uint32 `json:"untracked"`
+
+				Increment            string   `json:"increment"`
+				FullWhy              string   `json:"full_why"`
+				ParentBytes          uint64   `json:"parent_bytes"`
+				SharedPrecopiedBytes uint64   `json:"shared_precopied_bytes"`
+				SharedBarrierBytes   uint64   `json:"shared_barrier_bytes"`
+				SharedWhy            []string `json:"shared_why"`
 			} `json:"memory"`
 		} `json:"members"`
-		Preflight preflightDocument `json:"preflight"`
+		Merge      *mergeDocument    `json:"merge"`
+		MergeError string            `json:"merge_error"`
+		Preflight  preflightDocument `json:"preflight"`
 	}
 	preflightDocument struct {
 		Findings []struct {
@@ -71,6 +84,11 @@ type (
 	checkDocument struct {
 		Group   string   `json:"group"`
 		Members []string `json:"members"`
+		Memory  []struct {
+			Member string `json:"member"`
+			Engine string `json:"engine"`
+			Why    string `json:"why"`
+		} `json:"memory"`
 		preflightDocument
 	}
 	restoreDocument struct {
@@ -102,7 +120,12 @@ type (
 		Ref       string          `json:"ref"`
 		CreatedAt time.Time       `json:"created_at"`
 		Bytes     int64           `json:"bytes"`
+		Increment int64           `json:"increment_bytes"`
 		Group     inspectDocument `json:"group"`
+	}
+	parentDocument struct {
+		Epoch  string `json:"epoch"`
+		Number int    `json:"number"`
 	}
 	inspectDocument struct {
 		Target  ocispec.Descriptor `json:"target"`
@@ -111,6 +134,9 @@ type (
 		Number  int                `json:"epoch_number"`
 		CutAt   time.Time          `json:"cut_at"`
 		Stopped *bool              `json:"stopped"`
+		Parent  *parentDocument    `json:"parent"`
+		Chain   int                `json:"chain"`
+		Full    int                `json:"full_epoch_number"`
 		Whole   *bool              `json:"whole"`
 		Members []struct {
 			Name     string             `json:"name"`
@@ -120,10 +146,46 @@ type (
 				Descriptor ocispec.Descriptor `json:"descriptor"`
 				DiffID     string             `json:"diff_id"`
 				Kind       string             `json:"kind"`
+				Epoch      int                `json:"epoch_number"`
 			} `json:"layers"`
 			Annotations map[string]string `json:"annotations"`
 			ChainID     string            `json:"chain_id"`
+			Parent      *parentDocument   `json:"parent"`
+			Chain       int               `json:"chain"`
+			Bytes       int64             `json:"bytes"`
+			Increment   int64             `json:"increment_bytes"`
 			Checkpoint  *oci.Checkpoint   `json:"checkpoint"`
+		} `json:"members"`
+	}
+	prunedDocument struct {
+		Epoch  string    `json:"epoch"`
+		Number int       `json:"epoch_number"`
+		CutAt  time.Time `json:"cut_at"`
+		Names  []string  `json:"names"`
+		UsedBy []string  `json:"used_by"`
+	}
+	pruneDocument struct {
+		DryRun *bool `json:"dry_run"`
+		Groups []struct {
+			Group   string           `json:"group"`
+			Kept    []prunedDocument `json:"kept"`
+			Removed []prunedDocument `json:"removed"`
+		} `json:"groups"`
+	}
+	mergeDocument struct {
+		Group   string  `json:"group"`
+		Ref     string  `json:"ref"`
+		Epoch   string  `json:"epoch"`
+		Number  int     `json:"epoch_number"`
+		Digest  string  `json:"digest"`
+		TotalMS float64 `json:"total_ms"`
+		Members []struct {
+			Name        string `json:"name"`
+			Image       string `json:"image"`
+			Digest      string `json:"digest"`
+			Chain       int    `json:"chain"`
+			Bytes       int64  `json:"bytes"`
+			BytesBefore int64  `json:"bytes_before"`
 		} `json:"members"`
 	}
 )
@@ -236,6 +298,30 @@ func TestJSONIsWhatTheDocumentationSays(t *testing.T) {
 			t.Errorf("cohort inspect has the member %+v", m)
 		}
 	}
+	next := w.image("schema-next")
+	c = checkpointDocument{}
+	run("checkpoint", &c, []string{"preflight", "parts_ms", "memory"}, g.name, next)
+	for _, m := range c.Members {
+		if m.Chain != 2 || m.ParentEpoch != in.Epoch || m.Increment <= 0 || m.Increment >= m.Bytes {
+			t.Errorf("cohort checkpoint has the member %+v, an increment", m)
+		}
+	}
+	in = inspectDocument{}
+	run("inspect", &in, []string{"target", "manifest", "config", "descriptor", "annotations", "checkpoint"}, next)
+	if in.Chain != 2 || in.Full != 1 || in.Parent == nil || in.Parent.Number != 1 || in.Members[0].Chain != 2 || in.Members[0].Parent == nil {
+		t.Errorf("cohort inspect of an increment: %+v", in)
+	}
+	var merged mergeDocument
+	run("merge", &merged, nil, next)
+	if merged.Ref != next || merged.Number != 2 || merged.Digest == c.Digest || len(merged.Members) != 2 || merged.Members[0].Chain != 2 || merged.TotalMS <= 0 {
+		t.Errorf("cohort merge: %+v", merged)
+	}
+	var pruned pruneDocument
+	run("prune", &pruned, nil, "--keep", "1", "--dry-run", g.name)
+	if pruned.DryRun == nil || !*pruned.DryRun || len(pruned.Groups) != 1 || len(pruned.Groups[0].Kept) != 1 || len(pruned.Groups[0].Removed) != 1 || len(pruned.Groups[0].Removed[0].Names) != 3 {
+		t.Errorf("cohort prune: %+v", pruned)
+	}
+	c.Epoch = pruned.Groups[0].Removed[0].Epoch
 	copies := []string{g.ids[0] + "-s", g.ids[1] + "-s"}
 	w.in.RemoveAfter(t, copies...)
 	var r restoreDocument
@@ -275,7 +361,7 @@ func TestTablesShowWhatTheDocumentsHold(t *testing.T) {
 	shows([]string{"inspect", ref + "-b"}, "└── b", g.ids[1])
 	w.remove(g.ids...)
 	shows([]string{"restore", ref}, ref, "2 members running again", g.ids[0], g.ids[1])
-	for _, command := range []string{"", "checkpoint", "restore", "ps", "images", "inspect", "check"} {
+	for _, command := range []string{"", "checkpoint", "restore", "ps", "images", "inspect", "check", "prune", "merge", "schedule"} {
 		shows([]string{command, "--help"}[btoi(command == ""):], "Usage:", "Examples:", "cohort "+command, "--json", "--address", "--namespace")
 	}
 	shows([]string{"--version"}, "cohort")

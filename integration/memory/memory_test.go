@@ -30,10 +30,10 @@ func run(t *testing.T, in *harness.Instance, mib string) (id string, pid int) {
 	return id, pid
 }
 
-func checkpoint(t *testing.T, in *harness.Instance, id, ref string) ops.CheckpointMember {
+func checkpoint(t *testing.T, in *harness.Instance, id, ref string, flags ...string) ops.CheckpointMember {
 	t.Helper()
 	in.RemoveImagesAfter(t, ref)
-	out, err := in.Cohort(harness.Context(t), "checkpoint", "--json", "--member", id, ref)
+	out, err := in.Cohort(harness.Context(t), append([]string{"checkpoint", "--json", "--member", id, ref}, flags...)...)
 	if err != nil {
 		t.Fatal(err)
 	}

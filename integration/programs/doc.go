@@ -11,6 +11,7 @@
 //
 //	ticker     one process of a given size that dirties its memory; measures
 //	           the longest time it was stopped, verifies every byte it holds
+//	memload    one process that dirties a given part of its memory each second
 //	echo       two ends of a TCP stream that verify every byte's position
 //	unixpair   two ends of a unix socket
 //	uring      a process that holds an io_uring

@@ -50,6 +50,21 @@ type Ticker struct {
 	Counter uint64 `json:"counter"`
 }
 
+// MemLoad is the report of the program memload. The counts of ticks and gaps
+// begin anew with each report.
+type MemLoad struct {
+	Report
+	// MaxGapMS is the longest time between two ticks, by CLOCK_MONOTONIC.
+	MaxGapMS float64 `json:"max_gap_ms"`
+	Ticks    uint64  `json:"ticks"`
+	// SumOK is always true: the program ends when memory was found changed.
+	SumOK bool `json:"sum_ok"`
+	// Touched is how often a page has been dirtied since the memory was filled.
+	Touched uint64 `json:"touched"`
+	// Verified is how many bytes have been verified since the start.
+	Verified uint64 `json:"verified"`
+}
+
 // Echo is the report of either end of the program echo.
 type Echo struct {
 	Report
@@ -103,9 +118,14 @@ func Ask(ctx context.Context, pid int, path string, into any) error {
 	return ask(ctx, pid, syscall.SIGUSR1, path, into)
 }
 
-// AskVerified is Ask for ticker, which first verifies all its memory.
+// AskVerified is Ask for ticker and memload, which first verify all their memory.
 func AskVerified(ctx context.Context, pid int, path string, into any) error {
 	return ask(ctx, pid, syscall.SIGUSR2, path, into)
+}
+
+// AskStep is Ask for memload, which first dirties --step percent of its memory.
+func AskStep(ctx context.Context, pid int, path string, into any) error {
+	return ask(ctx, pid, syscall.SIGHUP, path, into)
 }
 
 // WaitReady waits for the report that every program writes by itself when it
