@@ -3,7 +3,6 @@
 package freezer
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -28,40 +27,20 @@ const (
 	pollKick = 10 * time.Millisecond
 )
 
-type v1 struct {
-	dir    string
-	file   *os.File
-	parent *os.File
-	inbuf  [32]byte
-}
+type v1 struct{ files }
 
 func openV1(dir string) (*v1, error) {
-	file, err := os.OpenFile(filepath.Join(dir, "freezer.state"), os.O_RDWR, 0)
+	o, err := openFiles(dir, "freezer.state", "freezer.parent_freezing")
 	if err != nil {
 		return nil, err
 	}
-	parent, err := os.Open(filepath.Join(dir, "freezer.parent_freezing"))
-	if err != nil {
-		file.Close()
-		return nil, err
-	}
-	return &v1{dir: dir, file: file, parent: parent}, nil
+	return &v1{o}, nil
 }
 
 func (h *v1) version() int { return 1 }
 
-func (h *v1) close() error { return errors.Join(h.file.Close(), h.parent.Close()) }
-
-func (h *v1) read(f *os.File) ([]byte, error) {
-	n, err := unix.Pread(int(f.Fd()), h.inbuf[:], 0)
-	if err != nil {
-		return nil, &fs.PathError{Op: "read", Path: f.Name(), Err: err}
-	}
-	return bytes.TrimSpace(h.inbuf[:n]), nil
-}
-
 func (h *v1) state() (State, error) {
-	word, err := h.read(h.file)
+	word, err := h.read(h.control)
 	if err != nil {
 		return "", err
 	}
@@ -73,7 +52,7 @@ func (h *v1) state() (State, error) {
 	case "FROZEN":
 		return Frozen, nil
 	}
-	return "", fmt.Errorf("%s holds %q", h.file.Name(), word)
+	return "", fmt.Errorf("%s holds %q", h.control.Name(), word)
 }
 
 func (h *v1) ask(freeze bool) error {
@@ -81,10 +60,7 @@ func (h *v1) ask(freeze bool) error {
 	if freeze {
 		word = "FROZEN"
 	}
-	if _, err := unix.Pwrite(int(h.file.Fd()), []byte(word), 0); err != nil {
-		return &fs.PathError{Op: "write " + word, Path: h.file.Name(), Err: err}
-	}
-	return nil
+	return h.write(word)
 }
 
 func (h *v1) await(ctx context.Context, want State) error {
@@ -99,7 +75,7 @@ func (h *v1) await(ctx context.Context, want State) error {
 		}
 		if want == Thawed {
 			// THAWED takes effect in the write; what still freezes is above.
-			parent, err := h.read(h.parent)
+			parent, err := h.read(h.status)
 			if err != nil {
 				return err
 			}

@@ -18,41 +18,21 @@ import (
 // v2 uses cgroup.freeze to ask and cgroup.events to know: the kernel raises
 // POLLPRI on the latter whenever "frozen" or "populated" changes
 // (cgroup_file_notify, kernel/cgroup/cgroup.c).
-type v2 struct {
-	dir    string
-	freeze *os.File
-	events *os.File
-	inbuf  [256]byte
-}
+type v2 struct{ files }
 
 func openV2(dir string) (*v2, error) {
-	freeze, err := os.OpenFile(filepath.Join(dir, "cgroup.freeze"), os.O_RDWR, 0)
+	o, err := openFiles(dir, "cgroup.freeze", "cgroup.events")
 	if err != nil {
 		return nil, err
 	}
-	events, err := os.Open(filepath.Join(dir, "cgroup.events"))
-	if err != nil {
-		freeze.Close()
-		return nil, err
-	}
-	return &v2{dir: dir, freeze: freeze, events: events}, nil
+	return &v2{o}, nil
 }
 
 func (h *v2) version() int { return 2 }
 
-func (h *v2) close() error { return errors.Join(h.freeze.Close(), h.events.Close()) }
-
-func (h *v2) read(f *os.File) ([]byte, error) {
-	n, err := unix.Pread(int(f.Fd()), h.inbuf[:], 0)
-	if err != nil {
-		return nil, &fs.PathError{Op: "read", Path: f.Name(), Err: err}
-	}
-	return h.inbuf[:n], nil
-}
-
 // event reads one flat-keyed value of cgroup.events.
 func (h *v2) event(key string) (bool, error) {
-	data, err := h.read(h.events)
+	data, err := h.read(h.status)
 	if err != nil {
 		return false, err
 	}
@@ -61,15 +41,15 @@ func (h *v2) event(key string) (bool, error) {
 			return string(value) == "1", nil
 		}
 	}
-	return false, fmt.Errorf("%s has no %q; the kernel is older than 5.2", h.events.Name(), key)
+	return false, fmt.Errorf("%s has no %q; the kernel is older than 5.2", h.status.Name(), key)
 }
 
 func (h *v2) asked() (bool, error) {
-	data, err := h.read(h.freeze)
+	data, err := h.read(h.control)
 	if err != nil {
 		return false, err
 	}
-	return string(bytes.TrimSpace(data)) == "1", nil
+	return string(data) == "1", nil
 }
 
 func (h *v2) state() (State, error) {
@@ -95,10 +75,7 @@ func (h *v2) ask(freeze bool) error {
 	if freeze {
 		word = "1"
 	}
-	if _, err := unix.Pwrite(int(h.freeze.Fd()), []byte(word), 0); err != nil {
-		return &fs.PathError{Op: "write " + word, Path: h.freeze.Name(), Err: err}
-	}
-	return nil
+	return h.write(word)
 }
 
 func (h *v2) await(ctx context.Context, want State) error {
@@ -137,9 +114,9 @@ func (h *v2) poll(ctx context.Context, key string, want bool) error {
 			}
 			defer wake.close()
 		}
-		fds := []unix.PollFd{{Fd: int32(h.events.Fd()), Events: unix.POLLPRI}, wake.poll()}
+		fds := []unix.PollFd{{Fd: int32(h.status.Fd()), Events: unix.POLLPRI}, wake.poll()}
 		if _, err := unix.Poll(fds, -1); err != nil && !errors.Is(err, unix.EINTR) {
-			return fmt.Errorf("waiting on %s: %w", h.events.Name(), err)
+			return fmt.Errorf("waiting on %s: %w", h.status.Name(), err)
 		}
 		if err := ctx.Err(); err != nil {
 			return err
