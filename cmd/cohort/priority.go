@@ -3,10 +3,9 @@
 package main
 
 import (
-	"os"
-	"strconv"
-
 	"golang.org/x/sys/unix"
+
+	"github.com/cohort-project/cohort/runtime/urgent"
 )
 
 // yieldNice is what the export runs with: hashing and compressing gives way to
@@ -18,13 +17,5 @@ const yieldNice = 10
 // (setpriority(2): on Linux the nice value is a thread's). It is a courtesy, so errors are passed
 // over.
 func yield() {
-	entries, err := os.ReadDir("/proc/self/task")
-	if err != nil {
-		return
-	}
-	for _, e := range entries {
-		if tid, err := strconv.Atoi(e.Name()); err == nil {
-			_ = unix.Setpriority(unix.PRIO_PROCESS, tid, yieldNice)
-		}
-	}
+	urgent.EachThread(func(tid int) { _ = unix.Setpriority(unix.PRIO_PROCESS, tid, yieldNice) })
 }

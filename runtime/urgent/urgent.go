@@ -32,7 +32,7 @@ func Raise() (end func()) {
 	mu.Lock()
 	defer mu.Unlock()
 	if held++; held == 1 {
-		each(unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_RR, Priority: priority})
+		set(unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_RR, Priority: priority})
 	}
 	var once sync.Once
 	return func() {
@@ -40,15 +40,19 @@ func Raise() (end func()) {
 			mu.Lock()
 			defer mu.Unlock()
 			if held--; held == 0 {
-				each(unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL})
+				set(unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL})
 			}
 		})
 	}
 }
 
-// each sets the policy of all threads; of those made in between too, since they
-// stand behind the others in the directory.
-func each(a unix.SchedAttr) {
+func set(a unix.SchedAttr) {
+	EachThread(func(tid int) { _ = unix.SchedSetAttr(tid, &a, 0) })
+}
+
+// EachThread calls f for each thread of the process; for those made meanwhile too, since
+// they stand behind the others in the directory.
+func EachThread(f func(tid int)) {
 	d, err := os.Open("/proc/self/task")
 	if err != nil {
 		return
@@ -58,7 +62,7 @@ func each(a unix.SchedAttr) {
 		names, err := d.Readdirnames(256)
 		for _, n := range names {
 			if tid, err := strconv.Atoi(n); err == nil {
-				_ = unix.SchedSetAttr(tid, &a, 0)
+				f(tid)
 			}
 		}
 		if err != nil || len(names) == 0 {
