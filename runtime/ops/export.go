@@ -8,15 +8,13 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/pkg/shim"
 	"github.com/containerd/errdefs"
-	"github.com/containerd/ttrpc"
 	"github.com/opencontainers/go-digest"
 	"golang.org/x/sync/errgroup"
 
 	memberAPI "github.com/cohort-project/cohort/api/member/v1"
-	storageAPI "github.com/cohort-project/cohort/api/storage/v1"
 	"github.com/cohort-project/cohort/oci"
+	"github.com/cohort-project/cohort/runtime/undo"
 	"github.com/cohort-project/cohort/snapshotter"
 )
 
@@ -131,18 +129,7 @@ func (x *exporter) member(ctx context.Context, m *member) (oci.MemberImage, erro
 		return img, err
 	}
 	// What it held is in snapshots now.
-	return img, discard(ctx, m.c.inspect.StorageAddress, capture)
-}
-
-func discard(ctx context.Context, socket, capture string) error {
-	conn, err := shim.AnonDialer("unix://"+socket, dialTimeout)
-	if err != nil {
-		return fmt.Errorf("connect to cohortd: %w", err)
-	}
-	c := ttrpc.NewClient(conn)
-	defer c.Close()
-	_, err = storageAPI.NewStorageClient(c).Discard(ctx, &storageAPI.CaptureRequest{Id: capture})
-	return err
+	return img, undo.Discard(ctx, m.c.inspect.StorageAddress, capture, dialTimeout)
 }
 
 // adopt commits a part of a capture as the snapshot of a chain id. It is no

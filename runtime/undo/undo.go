@@ -89,7 +89,9 @@ func carryOut(ctx context.Context, e *journal.Epoch, step group.Step) error {
 		}
 	case group.Discard:
 		if e.Capture != "" {
-			if err := discard(ctx, e.Storage, e.Capture); err != nil {
+			ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+			defer cancel()
+			if err := Discard(ctx, e.Storage, e.Capture, time.Second); err != nil {
 				// cohortd discards it at the end of its lease or at its next start.
 				log.G(ctx).WithError(err).WithField("id", e.ID).Warn("discard the capture of an undone epoch")
 			}
@@ -105,12 +107,12 @@ func ignoreGone(err error) error {
 	return err
 }
 
-func discard(ctx context.Context, socket, capture string) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
-	defer cancel()
-	conn, err := shim.AnonDialer("unix://"+socket, time.Second)
+// Discard has cohortd, at its Storage socket, discard a capture; dial bounds the
+// connection to it.
+func Discard(ctx context.Context, socket, capture string, dial time.Duration) error {
+	conn, err := shim.AnonDialer("unix://"+socket, dial)
 	if err != nil {
-		return err
+		return fmt.Errorf("connect to cohortd: %w", err)
 	}
 	c := ttrpc.NewClient(conn)
 	defer c.Close()
