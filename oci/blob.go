@@ -20,6 +20,8 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
+	"github.com/cohort-project/cohort/runtime/pace"
 )
 
 // Compression of the layers that cohort adds.
@@ -36,6 +38,15 @@ const (
 const (
 	chunkSize = 1 << 20 // one read of a file, one write to the content store
 	chunks    = 8       // in flight between the tar writer and the compressor
+
+	pieceSize = 256 << 10 // what is hashed and compressed without a pause on a busy host
+)
+
+// What the removal of an ingest takes at the most: see abortIngest.
+const (
+	abortTimeout = 10 * time.Second
+	abortTries   = 50
+	abortPause   = 20 * time.Millisecond
 )
 
 func (c Compression) mediaType() (string, error) {
@@ -76,21 +87,17 @@ func writeLayer(ctx context.Context, store content.Store, comp Compression, kind
 	}
 	// The ref is unguessable: two builds must not continue each other's ingest.
 	ref := "cohort-" + kind + "-" + rand.Text()
+	committed := false
+	defer func() {
+		if !committed {
+			err = errors.Join(err, abortIngest(ctx, store, ref))
+		}
+	}()
 	cw, err := content.OpenWriter(ctx, store, content.WithRef(ref), content.WithDescriptor(ocispec.Descriptor{MediaType: mediaType}))
 	if err != nil {
 		return out, fmt.Errorf("opening an ingest for the %s layer: %w", kind, err)
 	}
-	committed := false
-	defer func() {
-		cw.Close()
-		if !committed {
-			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
-			defer cancel()
-			if aerr := store.Abort(undo, ref); aerr != nil && !errdefs.IsNotFound(aerr) {
-				err = errors.Join(err, fmt.Errorf("removing ingest %s: %w", ref, aerr))
-			}
-		}
-	}()
+	defer cw.Close()
 
 	counted := &countingWriter{w: &chunkWriter{w: cw, buf: make([]byte, 0, chunkSize)}}
 	z, err := comp.writer(counted)
@@ -130,6 +137,27 @@ func writeLayer(ctx context.Context, store content.Store, comp Compression, kind
 	return out, nil
 }
 
+// abortIngest removes an ingest that will not become content, also after the end of ctx.
+//
+// containerd finds out at a time of its own that a writer has given up. It then writes
+// into the ingest's folder once more (plugins/content/local, writer.Close), and a folder
+// that is filled while it is emptied cannot be removed: "directory not empty". Nothing
+// tells when that is over, so it is tried again; not where containerd itself has gone.
+func abortIngest(ctx context.Context, store content.IngestManager, ref string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortTimeout)
+	defer cancel()
+	for try := 1; ; try++ {
+		err := store.Abort(ctx, ref)
+		if err == nil || errdefs.IsNotFound(err) {
+			return nil
+		}
+		if try == abortTries || errdefs.IsUnavailable(err) || ctx.Err() != nil {
+			return fmt.Errorf("removing ingest %s: %w", ref, err)
+		}
+		time.Sleep(abortPause)
+	}
+}
+
 // writeJSONBlob stores a document. Content that exists already is the same
 // document; its labels are brought up to date.
 func writeJSONBlob(ctx context.Context, store content.Store, mediaType string, v any, lbls map[string]string) (ocispec.Descriptor, error) {
@@ -143,10 +171,7 @@ func writeJSONBlob(ctx context.Context, store content.Store, mediaType string, v
 	desc := ocispec.Descriptor{MediaType: mediaType, Digest: digest.FromBytes(b), Size: int64(len(b))}
 	ref := "cohort-json-" + rand.Text()
 	if err := content.WriteBlob(ctx, store, ref, bytes.NewReader(b), desc, content.WithLabels(lbls)); err != nil {
-		if aerr := store.Abort(context.WithoutCancel(ctx), ref); aerr != nil && !errdefs.IsNotFound(aerr) {
-			err = errors.Join(err, fmt.Errorf("removing ingest %s: %w", ref, aerr))
-		}
-		return ocispec.Descriptor{}, fmt.Errorf("writing %s: %w", mediaType, err)
+		return ocispec.Descriptor{}, fmt.Errorf("writing %s: %w", mediaType, errors.Join(err, abortIngest(ctx, store, ref)))
 	}
 	if len(lbls) > 0 {
 		fields := make([]string, 0, len(lbls))
@@ -161,7 +186,8 @@ func writeJSONBlob(ctx context.Context, store content.Store, mediaType string, v
 }
 
 // pipeline hashes on one goroutine while it compresses on another, so that
-// neither waits for the tar writer's reads.
+// neither waits for the tar writer's reads. On a busy host it does one after the other, in
+// small pieces.
 type pipeline struct {
 	ctx   context.Context
 	free  chan []byte
@@ -195,10 +221,26 @@ func (p *pipeline) consume(h, z io.Writer) {
 		}
 	}()
 	var err error
-	for b := range p.work {
+	both := func(b []byte) {
+		if pace.Busy(p.ctx) {
+			_, _ = h.Write(b)
+			_, err = z.Write(b)
+			return
+		}
 		hashes <- b
 		_, err = z.Write(b)
 		<-hashed
+	}
+	for b := range p.work {
+		for rest := b; len(rest) > 0 && err == nil; {
+			n := len(rest)
+			if pace.Busy(p.ctx) {
+				n = min(n, pieceSize)
+			}
+			both(rest[:n])
+			rest = rest[n:]
+			pace.Pause(p.ctx)
+		}
 		if err != nil {
 			p.cause = err
 			close(p.fail)

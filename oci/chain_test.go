@@ -226,8 +226,7 @@ func TestGroupTellsOfItsLongestChain(t *testing.T) {
 	members := []MemberImage{buildMemberOf(t, h, h.ctx, base, ck), db[1]}
 	desc, err := BuildGroup(h.ctx, h.store, members, GroupInfo{Group: "shop", Epoch: epochID(2), EpochNumber: 2, CutAt: cutTime})
 	must(t, err)
-	_, err = Publish(h.ctx, h.images, "shop:1", desc, members)
-	must(t, err)
+	h.name(t, "shop:1", desc, members)
 	list, err := ListGroups(h.ctx, h.images, h.store)
 	must(t, err)
 	if len(list) != 1 {

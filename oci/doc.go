@@ -15,7 +15,7 @@
 //	BuildMember          two layers, config and manifest in the content store
 //	MergeMember          the same out of a chain of increments
 //	BuildGroup           the index over all members
-//	Publish              the names REF and REF-MEMBER
+//	names.Publish        the names REF and REF-MEMBER
 //	ReadGroup            from an index or a member, here or on another host
 //	VerifyCheckpointDir  what was unpacked, before anything else looks at it
 //	ReadCheckpointDir    the facts again
@@ -30,5 +30,5 @@
 // What it never does: mount, talk to a daemon of cohort, or change a container.
 // Functions are safe for concurrent use on different inputs. Content that is
 // written is protected from garbage collection only by the lease in the context
-// until Publish has named it; callers hold one.
+// until names.Publish has named it; callers hold one.
 package oci

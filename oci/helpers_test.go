@@ -68,6 +68,17 @@ func (h *host) lease(t testing.TB) (ctx context.Context, done func()) {
 	return leases.WithLease(h.ctx, l.ID), func() { must(t, lm.Delete(h.ctx, l)) }
 }
 
+// name names a group and its members.
+func (h *host) name(t testing.TB, ref string, group ocispec.Descriptor, members []MemberImage) {
+	t.Helper()
+	_, err := h.images.Create(h.ctx, images.Image{Name: ref, Target: group})
+	must(t, err)
+	for _, m := range members {
+		_, err := h.images.Create(h.ctx, images.Image{Name: ref + "-" + m.Checkpoint.Member, Target: m.Manifest})
+		must(t, err)
+	}
+}
+
 func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {

@@ -89,7 +89,7 @@ func ReadGroup(ctx context.Context, provider content.Provider, desc ocispec.Desc
 }
 
 func readGroup(ctx context.Context, provider content.Provider, desc ocispec.Descriptor) (*Group, error) {
-	g := &Group{Target: target(desc)}
+	g := &Group{Target: ocispec.Descriptor{MediaType: desc.MediaType, Digest: desc.Digest, Size: desc.Size}}
 	children := []ocispec.Descriptor{desc}
 	var annotations map[string]string
 	switch {
@@ -234,7 +234,7 @@ func readMember(ctx context.Context, provider content.Provider, desc ocispec.Des
 func (m *Member) CheckpointLayer() Layer { return m.Layers[len(m.Layers)-1] }
 
 // Image gives the member as BuildMember returned it, so that a group that was
-// pulled can be named by Publish. ReadCheckpoint has been called before.
+// pulled can be named by names.Publish. ReadCheckpoint has been called before.
 func (m *Member) Image() (MemberImage, error) {
 	if m.Checkpoint == nil {
 		return MemberImage{}, fmt.Errorf("member %s: its checkpoint has not been read: %w", m.Name, errdefs.ErrFailedPrecondition)

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/pkg/archive"
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/go-digest"
@@ -282,6 +283,43 @@ func TestFileThatChangesWhilePackedIsAnError(t *testing.T) {
 		wantErr(t, copyFile(context.Background(), io.Discard, p, size, make([]byte, 3)), errdefs.ErrAborted, "changed")
 	}
 	must(t, copyFile(context.Background(), io.Discard, p, 5, make([]byte, 3)))
+}
+
+// busy is a store that refuses to remove an ingest for some tries, as containerd does
+// while it still writes into its folder.
+type busy struct {
+	content.Store
+	tries int
+}
+
+var errBusy = errors.New("unlinkat ingest: directory not empty")
+
+func (b *busy) Abort(ctx context.Context, ref string) error {
+	if b.tries--; b.tries >= 0 {
+		return errBusy
+	}
+	return b.Store.Abort(ctx, ref)
+}
+
+func TestIngestThatIsStillWrittenToIsRemovedAllTheSame(t *testing.T) {
+	h := newHost(t)
+	for _, tries := range []int{3, 10 * abortTries} {
+		b := &busy{h.store, tries}
+		ctx, cancel := context.WithCancel(h.ctx)
+		_, err := writeLayer(ctx, b, Zstd, LayerRW, &Checkpoint{}, func(io.Writer) error {
+			cancel()
+			return ctx.Err()
+		})
+		wantErr(t, err, context.Canceled)
+		left, lerr := h.store.ListStatuses(h.ctx)
+		must(t, lerr)
+		if soon := tries == 3; soon != (len(left) == 0) || soon == errors.Is(err, errBusy) {
+			t.Errorf("refused %d times: left behind %v, error %v", tries, left, err)
+		}
+		if done := tries - b.tries; done > abortTries {
+			t.Errorf("tried %d times", done)
+		}
+	}
 }
 
 func TestFailedBuildLeavesNoIngest(t *testing.T) {
