@@ -38,6 +38,11 @@ type Backend interface {
 
 // Capture is one capture under way. Its methods are called one at a time.
 type Capture interface {
+	// Ready tells that Take will be called soon and makes it shorter: the capture is
+	// brought up to date with what src is now. Writers run. It may be called any number of times
+	// or not at all, and its context may end it anywhere; Take is none the worse.
+	Ready(ctx context.Context) error
+
 	// Take fixes the content: every byte written to src before the call is in the
 	// capture, dirty pages included, and none that is written after it returned.
 	// Called again, it fixes the content of that moment instead. What a Take that fails
@@ -58,7 +63,8 @@ type Reducer interface {
 
 	// SealReduced is Seal, except that it calls choose with the captured tree, which may only
 	// be read and is gone afterwards, and leaves out of dst the paths that choose returns, a
-	// directory with everything in it. After an error it may be called again, or Seal.
+	// directory with everything in it. After an error it may be called again, or Seal; after
+	// errdefs.ErrNotImplemented, choose has not been called.
 	SealReduced(ctx context.Context, choose func(src string) (without map[string]struct{}, err error)) error
 }
 

@@ -22,6 +22,16 @@ func newBtrfs(tb testing.TB) (string, Backend) {
 	return root, b
 }
 
+// newSnapshots is the btrfs backend as it is where there are many files.
+func newSnapshots(tb testing.TB) (string, Backend) {
+	root := testdisk.Btrfs(tb)
+	b, err := NewBtrfsSnapshots(root)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return root, b
+}
+
 func newReflink(tb testing.TB) (string, Backend) {
 	root := testdisk.XFS(tb)
 	if ok, err := CanReflink(root); err != nil || !ok {
@@ -40,9 +50,10 @@ func newCopy(tb testing.TB) (string, Backend) {
 	return root, b
 }
 
-func TestBtrfs(t *testing.T)   { conformance(t, newBtrfs) }
-func TestReflink(t *testing.T) { conformance(t, newReflink) }
-func TestCopy(t *testing.T)    { conformance(t, newCopy) }
+func TestBtrfs(t *testing.T)          { conformance(t, newBtrfs) }
+func TestBtrfsSnapshots(t *testing.T) { conformance(t, newSnapshots) }
+func TestReflink(t *testing.T)        { conformance(t, newReflink) }
+func TestCopy(t *testing.T)           { conformance(t, newCopy) }
 
 // A file system that shares no extents must not be taken for one that does.
 func TestCanReflinkTellsTheFileSystemsApart(t *testing.T) {
@@ -78,7 +89,7 @@ func TestNewBtrfsRefusesAPlainDirectory(t *testing.T) {
 // The captures of a group that are taken together share snapshots, and the snapshot
 // goes with the last of them, whatever became of the others.
 func TestBtrfsCapturesShareSnapshotsAndTheLastRemovesThem(t *testing.T) {
-	root, b := newBtrfs(t)
+	root, b := newSnapshots(t)
 	snapshots := func() int {
 		e, err := os.ReadDir(filepath.Join(root, cutsDir))
 		must(t, err)
@@ -122,7 +133,7 @@ func TestBtrfsCapturesShareSnapshotsAndTheLastRemovesThem(t *testing.T) {
 }
 
 func TestBtrfsStartRemovesSnapshotsOfAProcessThatDied(t *testing.T) {
-	root, b := newBtrfs(t)
+	root, b := newSnapshots(t)
 	src := filepath.Join(root, "src")
 	must(t, os.Mkdir(src, 0o755))
 	c, err := b.Open(t.Context(), src, src+".dst")

@@ -18,7 +18,7 @@ func BenchmarkTake(b *testing.B) {
 	for _, be := range []struct {
 		name    string
 		factory func(testing.TB) (string, Backend)
-	}{{Btrfs, newBtrfs}, {Reflink, newReflink}, {Copy, newCopy}} {
+	}{{Btrfs, newBtrfs}, {"snapshots", newSnapshots}, {Reflink, newReflink}, {Copy, newCopy}} {
 		for _, load := range []string{"idle", "rewritten", "writer100MBps"} {
 			b.Run(be.name+"/"+load, func(b *testing.B) { benchTake(b, be.factory, load) })
 		}
@@ -29,7 +29,7 @@ func benchTake(b *testing.B, factory func(testing.TB) (string, Backend), load st
 	root, be := factory(b)
 	src := filepath.Join(root, "src")
 	must(b, os.Mkdir(src, 0o755))
-	for i := range 2000 {
+	for i := range 1500 {
 		must(b, os.WriteFile(filepath.Join(src, fmt.Sprint(i)), make([]byte, 4<<10), 0o600))
 	}
 	must(b, os.WriteFile(filepath.Join(src, "big"), make([]byte, 512<<20), 0o600))

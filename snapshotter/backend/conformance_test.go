@@ -221,9 +221,6 @@ func conformance(t *testing.T, factory func(testing.TB) (string, Backend)) {
 		must(t, os.RemoveAll(to))
 	})
 	t.Run("OpenEndsWithItsContext", func(t *testing.T) {
-		if b.Name() == Btrfs {
-			t.Skip("btrfs reads no files in Open")
-		}
 		src, dst := dirs(t)
 		everyKind(t, src)
 		ctx, cancel := context.WithCancel(t.Context())

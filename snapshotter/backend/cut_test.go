@@ -105,17 +105,17 @@ func cuts(t *testing.T, factory func(testing.TB) (string, Backend), rounds, flag
 	return rounds, false
 }
 
-// On btrfs what a running writer has synced is captured at one instant; what is
+// In a snapshot what a running writer has synced is captured at one instant; what is
 // only in the page cache is not, because the snapshot writes back file after file
 // first. Therefore the barrier freezes the writers for every backend.
-func TestBtrfsCutIsOneInstantForSyncedWritesOfRunningWriters(t *testing.T) {
-	if good, torn := cuts(t, newBtrfs, 10, os.O_SYNC, false); torn {
+func TestSnapshotCutIsOneInstantForSyncedWritesOfRunningWriters(t *testing.T) {
+	if good, torn := cuts(t, newSnapshots, 10, os.O_SYNC, false); torn {
 		t.Fatalf("capture %d is not of one instant", good)
 	}
 }
 
 func TestCutIsOneInstantWithStoppedWriters(t *testing.T) {
-	for name, factory := range map[string]func(testing.TB) (string, Backend){Btrfs: newBtrfs, Reflink: newReflink, Copy: newCopy} {
+	for name, factory := range map[string]func(testing.TB) (string, Backend){Btrfs: newBtrfs, "snapshots": newSnapshots, Reflink: newReflink, Copy: newCopy} {
 		t.Run(name, func(t *testing.T) {
 			if good, torn := cuts(t, factory, 10, 0, true); torn {
 				t.Fatalf("capture %d is not of one instant", good)

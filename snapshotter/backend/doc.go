@@ -16,14 +16,15 @@
 //
 // # The three backends
 //
-//   - btrfs: Take is one ioctl, a subvolume snapshot of the whole root; its cost does
-//     not depend on the number of files. Seal clones src out of that snapshot and
-//     deletes it.
-//   - reflink: Open clones the tree, Take clones again what changed since.
+//   - btrfs: as reflink where there are few files. Where there are many, Take is one
+//     ioctl, a subvolume snapshot of the whole root, whose cost does not depend on their
+//     number; Seal clones src out of that snapshot and deletes it.
+//   - reflink: Open clones the tree, Take clones again what changed since, but for ranges
+//     with dirty pages, which it copies within the page cache.
 //   - copy: the same with copied bytes, for file systems that can do neither.
 //
-// All of them need the writers to be stopped during Take. Without it reflink and copy
-// are not of one instant at all, and btrfs only for what the writers had synced: the
+// All of them need the writers to be stopped during Take. Without it what is taken file
+// by file is not of one instant at all, and a snapshot only for what the writers had synced: the
 // kernel writes dirty pages back file after file before it takes the snapshot.
 //
 // # Why btrfs does not use a subvolume for each snapshot

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -33,20 +34,33 @@ const racyWindow = 50 * time.Millisecond
 // directory descriptors and O_NOFOLLOW.
 type tree struct {
 	src, dst string
-	// content fills the empty file dst with the content of src.
-	content    func(ctx context.Context, dst, src *os.File, size int64) error
-	trustTimes bool
+	// content fills the empty file dst with the content of src; where writers run, the
+	// dirty pages were written back before.
+	content content
+	// lastContent does so in the last pass, where they may be dirty; nil for content.
+	lastContent content
+	trustTimes  bool
 	// static says that nobody writes to src, so no flush is needed to read it.
 	static bool
 	// without are paths that are left out.
 	without map[string]struct{}
+	// most bounds the number of entries, the source itself among them; 0 for no bound.
+	most int
 
 	seen  map[string]stamp
-	links map[uint64]string // inode → path in dst, of files with several links, this pass
-	now   time.Time         // begin of this pass
+	names map[string][]string // of each directory, as last read
+	links map[uint64]string   // inode → path in dst, of files with several links, this pass
+	count int                 // entries met in this pass
+	again bool                // this is not the first pass: dst may hold more than is known
+	now   time.Time           // begin of this pass
 	// copied counts the files whose content was read in this pass, for tests.
 	copied int
 }
+
+type content func(ctx context.Context, dst, src *os.File, size int64) error
+
+// errTooMany ends a pass over more entries than were allowed.
+var errTooMany = errors.New("too many files")
 
 // stamp identifies one version of one file.
 type stamp struct {
@@ -69,56 +83,80 @@ func (t *tree) stamp(st *unix.Stat_t) stamp {
 }
 
 // pass brings dst to what src is now. In the last pass nobody may change src, and
-// a file that vanishes is an error.
+// a file that vanishes is an error. After an error another pass goes on from there.
 func (t *tree) pass(ctx context.Context, last bool) error {
 	if t.seen == nil {
-		t.seen = map[string]stamp{}
 		if err := os.Mkdir(t.dst, 0o700); err != nil {
 			return err
 		}
+		t.seen, t.names = map[string]stamp{}, map[string][]string{}
 	}
+	defer func() { t.again = true }()
 	t.links = map[uint64]string{}
 	t.now = time.Now()
-	t.copied = 0
+	t.copied, t.count = 0, 0
 	s, err := openDir(unix.AT_FDCWD, t.src)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	d, err := openDir(unix.AT_FDCWD, t.dst)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return t.dir(ctx, s, d, "", last)
+	top := &target{name: t.dst}
+	defer top.close()
+	return t.dir(ctx, s, top, "", last)
 }
 
-// dir brings one directory up to date. rel is its path below src, empty for src.
-func (t *tree) dir(ctx context.Context, s, d *os.File, rel string, last bool) error {
+// target is a directory of dst, opened when something is done in it: in most of them
+// nothing is, in the pass that counts.
+type target struct {
+	in   *target // nil for the top, whose name is a path
+	name string
+	f    *os.File
+}
+
+func (d *target) open() (*os.File, error) {
+	if d.f != nil {
+		return d.f, nil
+	}
+	at := unix.AT_FDCWD
+	if d.in != nil {
+		parent, err := d.in.open()
+		if err != nil {
+			return nil, err
+		}
+		at = int(parent.Fd())
+	}
+	var err error
+	d.f, err = openDir(at, d.name)
+	return d.f, err
+}
+
+func (d *target) close() {
+	if d.f != nil {
+		d.f.Close()
+	}
+}
+
+// dir brings one directory up to date, which is in dst. rel is its path below src, empty for src.
+func (t *tree) dir(ctx context.Context, s *os.File, d *target, rel string, last bool) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(s.Fd()), &st); err != nil {
 		return &os.PathError{Op: "fstat", Path: s.Name(), Err: err}
 	}
-	before, known := t.seen[rel]
 	now := t.stamp(&st)
-
-	names, err := s.Readdirnames(-1)
+	touched := !t.seen[rel].same(now)
+	unfinished := now
+	unfinished.racy = true // an error before the end has the next pass do it again
+	t.seen[rel] = unfinished
+	names, err := t.list(s, d, rel, touched)
 	if err != nil {
 		return err
-	}
-	touched := !known || !before.same(now)
-	if known {
-		gone, err := t.removeGone(d, rel, names)
-		if err != nil {
-			return err
-		}
-		touched = touched || gone
 	}
 	for _, name := range names {
 		changed, err := t.entry(ctx, s, d, rel, name, last)
 		switch {
 		case errors.Is(err, unix.ENOENT) && !last:
 			// Gone since the directory was read; the next pass sees whether it came back.
+			now.racy = true
 		case err != nil:
 			return fmt.Errorf("%s: %w", filepath.Join(t.src, rel, name), err)
 		}
@@ -126,7 +164,11 @@ func (t *tree) dir(ctx context.Context, s, d *os.File, rel string, last bool) er
 	}
 	// Last, because making entries changes the directory's times.
 	if touched {
-		if err := copyMeta(s, d, &st); err != nil {
+		to, err := d.open()
+		if err != nil {
+			return err
+		}
+		if err := copyMeta(s, to, &st); err != nil {
 			return fmt.Errorf("%s: %w", filepath.Join(t.src, rel), err)
 		}
 	}
@@ -134,30 +176,49 @@ func (t *tree) dir(ctx context.Context, s, d *os.File, rel string, last bool) er
 	return nil
 }
 
+// list tells the names in the directory s, and removes from d what is not among them. A
+// directory that was not touched has the names that it had.
+func (t *tree) list(s *os.File, d *target, rel string, touched bool) ([]string, error) {
+	if names, ok := t.names[rel]; ok && !touched {
+		return names, nil
+	}
+	names, err := s.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	t.names[rel] = names
+	if !t.again {
+		return names, nil
+	}
+	to, err := d.open()
+	if err != nil {
+		return nil, err
+	}
+	return names, t.removeGone(to, rel, names)
+}
+
 // removeGone removes the entries of the directory d that are not among names.
-func (t *tree) removeGone(d *os.File, rel string, names []string) (bool, error) {
+func (t *tree) removeGone(d *os.File, rel string, names []string) error {
 	have, err := d.Readdirnames(-1)
 	if err != nil {
-		return false, err
+		return err
 	}
 	if len(have) == 0 {
-		return false, nil
+		return nil
 	}
 	keep := make(map[string]struct{}, len(names))
 	for _, n := range names {
 		keep[n] = struct{}{}
 	}
-	gone := false
 	for _, n := range have {
 		if _, ok := keep[n]; ok {
 			continue
 		}
-		gone = true
 		if err := t.remove(filepath.Join(rel, n)); err != nil {
-			return gone, err
+			return err
 		}
 	}
-	return gone, nil
+	return nil
 }
 
 // remove removes the entry rel of dst, with everything below it.
@@ -165,10 +226,12 @@ func (t *tree) remove(rel string) error {
 	s, ok := t.seen[rel]
 	delete(t.seen, rel)
 	if ok && s.mode&unix.S_IFMT == unix.S_IFDIR {
+		delete(t.names, rel)
 		prefix := rel + "/"
 		for p := range t.seen {
-			if len(p) > len(prefix) && p[:len(prefix)] == prefix {
+			if strings.HasPrefix(p, prefix) {
 				delete(t.seen, p)
+				delete(t.names, p)
 			}
 		}
 	}
@@ -177,9 +240,12 @@ func (t *tree) remove(rel string) error {
 
 // entry brings one directory entry up to date and tells whether it made or
 // replaced an entry of the directory d.
-func (t *tree) entry(ctx context.Context, s, d *os.File, dir, name string, last bool) (bool, error) {
+func (t *tree) entry(ctx context.Context, s *os.File, d *target, dir, name string, last bool) (bool, error) {
 	if err := ctx.Err(); err != nil {
 		return false, err
+	}
+	if t.count++; t.most > 0 && t.count > t.most {
+		return false, errTooMany
 	}
 	rel := filepath.Join(dir, name)
 	if _, ok := t.without[rel]; ok {
@@ -199,36 +265,38 @@ func (t *tree) entry(ctx context.Context, s, d *os.File, dir, name string, last 
 		return false, nil
 	}
 	// Also for an unknown name: a pass that failed half way may have made it.
-	if known || len(t.seen) > 0 {
+	if t.again {
 		if err := t.remove(rel); err != nil {
 			return false, err
 		}
 	}
+	to, err := d.open()
+	if err != nil {
+		return false, err
+	}
 	if isDir {
-		if err := unix.Mkdirat(int(d.Fd()), name, 0o700); err != nil {
+		if err := unix.Mkdirat(int(to.Fd()), name, 0o700); err != nil {
 			return false, err
 		}
+		t.seen[rel] = stamp{mode: unix.S_IFDIR, racy: true}
 		return true, t.subdir(ctx, s, d, rel, name, last)
 	}
-	return true, t.leaf(ctx, s, d, rel, name)
+	return true, t.leaf(ctx, s, to, rel, name, last)
 }
 
-func (t *tree) subdir(ctx context.Context, s, d *os.File, rel, name string, last bool) error {
+func (t *tree) subdir(ctx context.Context, s *os.File, d *target, rel, name string, last bool) error {
 	sub, err := openDir(int(s.Fd()), name)
 	if err != nil {
 		return err
 	}
 	defer sub.Close()
-	dsub, err := openDir(int(d.Fd()), name)
-	if err != nil {
-		return err
-	}
-	defer dsub.Close()
-	return t.dir(ctx, sub, dsub, rel, last)
+	to := &target{in: d, name: name}
+	defer to.close()
+	return t.dir(ctx, sub, to, rel, last)
 }
 
 // leaf makes the entry name of d, which does not exist, from that of s.
-func (t *tree) leaf(ctx context.Context, s, d *os.File, rel, name string) error {
+func (t *tree) leaf(ctx context.Context, s, d *os.File, rel, name string, last bool) error {
 	// O_PATH has no effect on what it opens: a file that a container has just replaced
 	// by a device is not opened as one.
 	fd, err := unix.Openat(int(s.Fd()), name, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
@@ -250,13 +318,13 @@ func (t *tree) leaf(ctx context.Context, s, d *os.File, rel, name string) error 
 			if err := os.Link(filepath.Join(t.dst, first), filepath.Join(t.dst, rel)); err != nil {
 				return err
 			}
-			t.seen[rel] = t.stamp(&st)
+			t.seen[rel] = t.seen[first]
 			return nil
 		}
 	}
 	switch kind {
 	case unix.S_IFREG:
-		err = t.file(ctx, from, d, name, &st)
+		err = t.file(ctx, from, d, name, &st, last)
 	case unix.S_IFLNK:
 		err = symlink(from, d, name, &st)
 	default: // devices, whiteouts among them, fifos and sockets
@@ -268,7 +336,11 @@ func (t *tree) leaf(ctx context.Context, s, d *os.File, rel, name string) error 
 	if err != nil {
 		return err
 	}
-	t.seen[rel] = t.stamp(&st)
+	now := t.stamp(&st)
+	if last && kind == unix.S_IFREG {
+		now.racy = true // its pages were not written back: see file
+	}
+	t.seen[rel] = now
 	if st.Nlink > 1 {
 		t.links[st.Ino] = rel
 	}
@@ -281,14 +353,15 @@ func (t *tree) leaf(ctx context.Context, s, d *os.File, rel, name string) error 
 // The dirty pages are written back between the reading of the status and that
 // of the content. That makes every page of a shared mapping read-only again, so the next
 // store through the mapping faults and stamps the file; without it a page that is
-// already writable could change after it was copied, unseen.
-func (t *tree) file(ctx context.Context, from, d *os.File, name string, st *unix.Stat_t) error {
+// already writable could change after it was copied, unseen. In the last pass there is
+// nobody to store anything, and no time to wait for the disk.
+func (t *tree) file(ctx context.Context, from, d *os.File, name string, st *unix.Stat_t, last bool) error {
 	s, err := os.OpenFile(procPath(from), unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOATIME, 0)
 	if err != nil {
 		return err
 	}
 	defer s.Close()
-	if !t.static {
+	if !t.static && !last {
 		const flags = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
 		if err := unix.SyncFileRange(int(s.Fd()), 0, 0, flags); err != nil && !errors.Is(err, unix.EINVAL) && !errors.Is(err, unix.ENOSYS) {
 			return fmt.Errorf("flush: %w", err)
@@ -302,7 +375,11 @@ func (t *tree) file(ctx context.Context, from, d *os.File, name string, st *unix
 	defer dst.Close()
 	t.copied++
 	if st.Size > 0 {
-		if err := t.content(ctx, dst, s, st.Size); err != nil {
+		fill := t.content
+		if last && t.lastContent != nil {
+			fill = t.lastContent
+		}
+		if err := fill(ctx, dst, s, st.Size); err != nil {
 			return err
 		}
 	}

@@ -59,12 +59,15 @@ func (s *Store) fill(ctx context.Context, c *capture, uppers []string) (unchange
 // fillChanged completes fs, if that can be done without what did not change, and returns
 // what is to be done to it yet.
 func (c *capture) fillChanged(ctx context.Context, parent *overlay.Union) (d *overlay.Delta, err error) {
-	r, ok := c.live.(backend.Reducer)
-	if !ok {
+	whole := func() (*overlay.Delta, error) {
 		if err := c.live.Seal(ctx); err != nil {
 			return nil, err
 		}
 		return overlay.Compare(ctx, c.part(FS), parent)
+	}
+	r, ok := c.live.(backend.Reducer)
+	if !ok {
+		return whole()
 	}
 	err = r.SealReduced(ctx, func(src string) (map[string]struct{}, error) {
 		if d, err = overlay.Compare(ctx, src, parent); err != nil {
@@ -73,6 +76,9 @@ func (c *capture) fillChanged(ctx context.Context, parent *overlay.Union) (d *ov
 		c.torn = true
 		return d.Skips(), nil
 	})
+	if errdefs.IsNotImplemented(err) && d == nil {
+		return whole()
+	}
 	if err == nil && d == nil {
 		err = fmt.Errorf("it was completed already, without a parent: discard it: %w", errdefs.ErrFailedPrecondition)
 	}

@@ -238,7 +238,7 @@ func TestHalfReducedCaptureIsNeverSealed(t *testing.T) {
 	}
 }
 
-// The btrfs backend leaves out what did not change: what it made is not taken for a
+// A snapshot leaves out what did not change: what it made is not taken for a
 // whole capture, whatever went wrong afterwards.
 func TestReducedCaptureIsNotSealedAsAWholeOne(t *testing.T) {
 	ctx := t.Context()
@@ -252,7 +252,7 @@ func TestReducedCaptureIsNotSealedAsAWholeOne(t *testing.T) {
 		must(t, os.Chtimes(filepath.Join(d, "stays"), time.Unix(1, 0), time.Unix(1, 0)))
 		must(t, os.WriteFile(filepath.Join(d, "changes"), []byte(d), 0o600))
 	}
-	b, err := backend.NewBtrfs(root)
+	b, err := backend.NewBtrfsSnapshots(root)
 	must(t, err)
 	s, err := NewStore(ctx, root, b)
 	must(t, err)

@@ -199,6 +199,22 @@ func (s *Store) Open(ctx context.Context, id, upper string, lease time.Duration,
 	return c.info(), nil
 }
 
+// Ready brings an open capture up to date; Take is due in a moment. ctx may end it.
+func (s *Store) Ready(ctx context.Context, id string) error {
+	c, err := s.lock(id)
+	if err != nil {
+		return err
+	}
+	defer c.mu.Unlock()
+	if c.rec.State != Open {
+		return nil
+	}
+	if err := c.live.Ready(ctx); err != nil {
+		return fmt.Errorf("make capture %s ready: %w", id, err)
+	}
+	return nil
+}
+
 // Take fixes the content and tells how long that took. A second call replaces what the
 // first has taken: its caller knows that the content has changed. A sealed capture stays.
 func (s *Store) Take(ctx context.Context, id string, lease time.Duration) (time.Duration, error) {

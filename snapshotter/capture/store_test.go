@@ -57,6 +57,8 @@ type fakeCapture struct {
 	once sync.Once
 }
 
+func (c *fakeCapture) Ready(context.Context) error { return nil }
+
 func (c *fakeCapture) Take(context.Context) error { return c.f.takeErr }
 
 func (c *fakeCapture) Seal(context.Context) error {

@@ -22,7 +22,8 @@ func TestSharedContentIsNotRead(t *testing.T) {
 		make   func(root string) (backend.Backend, error)
 		shares bool
 	}{
-		{"btrfs", testdisk.Btrfs, backend.NewBtrfs, true}, // compares two subvolumes
+		{"btrfs", testdisk.Btrfs, backend.NewBtrfs, true},
+		{"btrfs-snapshots", testdisk.Btrfs, backend.NewBtrfsSnapshots, true}, // compares two subvolumes
 		{"xfs", testdisk.XFS, func(string) (backend.Backend, error) { return backend.NewReflink(), nil }, true},
 		{"ext4", testdisk.Ext4, backend.NewCopy, false},
 	} {

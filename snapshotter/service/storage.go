@@ -29,6 +29,7 @@ type Storage struct {
 	captures  *capture.Store
 	snapshots Snapshots
 	metrics   *Metrics
+	hurry     hurry
 }
 
 var _ storage.StorageService = (*Storage)(nil)
@@ -51,8 +52,31 @@ func (s *Storage) Open(ctx context.Context, r *storage.OpenRequest) (*storage.Op
 	return &storage.OpenResponse{Dir: info.Dir}, nil
 }
 
+// Ready implements storage.StorageService.
+func (s *Storage) Ready(ctx context.Context, r *storage.CaptureRequest) (*storage.Empty, error) {
+	approached := make(chan func(), 1)
+	go func() { approached <- s.hurry.approach(r.GetId()) }()
+	err := s.captures.Ready(ctx, r.GetId())
+	at, ok := ctx.Deadline()
+	if ok {
+		// The writers are frozen then, and run until then: not before them.
+		select {
+		case <-time.After(time.Until(at) - poised):
+		case <-ctx.Done():
+		}
+	}
+	raise := <-approached
+	if ok && time.Since(at) > poised {
+		s.hurry.end(r.GetId()) // Take may have been and gone
+	} else {
+		raise()
+	}
+	return &storage.Empty{}, errgrpc.ToGRPC(err)
+}
+
 // Take implements storage.StorageService.
 func (s *Storage) Take(ctx context.Context, r *storage.CaptureRequest) (*storage.TakeResponse, error) {
+	defer s.hurry.end(r.GetId())
 	took, err := s.captures.Take(ctx, r.GetId(), lease(r.GetLeaseMs()))
 	s.metrics.took(took, err)
 	if err != nil {
@@ -82,6 +106,7 @@ func (s *Storage) Seal(ctx context.Context, r *storage.SealRequest) (*storage.Se
 
 // Discard implements storage.StorageService.
 func (s *Storage) Discard(_ context.Context, r *storage.CaptureRequest) (*storage.Empty, error) {
+	defer s.hurry.end(r.GetId())
 	return &storage.Empty{}, errgrpc.ToGRPC(s.captures.Discard(r.GetId()))
 }
 

@@ -642,9 +642,10 @@ const file_storage_v1_storage_proto_rawDesc = "" +
 	"\n" +
 	"free_bytes\x18\x03 \x01(\x04R\tfreeBytes\x12\x18\n" +
 	"\aversion\x18\x04 \x01(\tR\aversion\x12/\n" +
-	"\x13snapshotter_address\x18\x05 \x01(\tR\x12snapshotterAddress2\xfb\x03\n" +
+	"\x13snapshotter_address\x18\x05 \x01(\tR\x12snapshotterAddress2\xc1\x04\n" +
 	"\aStorage\x12G\n" +
-	"\x04Open\x12\x1e.cohort.storage.v1.OpenRequest\x1a\x1f.cohort.storage.v1.OpenResponse\x12J\n" +
+	"\x04Open\x12\x1e.cohort.storage.v1.OpenRequest\x1a\x1f.cohort.storage.v1.OpenResponse\x12D\n" +
+	"\x05Ready\x12!.cohort.storage.v1.CaptureRequest\x1a\x18.cohort.storage.v1.Empty\x12J\n" +
 	"\x04Take\x12!.cohort.storage.v1.CaptureRequest\x1a\x1f.cohort.storage.v1.TakeResponse\x12G\n" +
 	"\x04Seal\x12\x1e.cohort.storage.v1.SealRequest\x1a\x1f.cohort.storage.v1.SealResponse\x12F\n" +
 	"\aDiscard\x12!.cohort.storage.v1.CaptureRequest\x1a\x18.cohort.storage.v1.Empty\x12D\n" +
@@ -684,21 +685,23 @@ var file_storage_v1_storage_proto_depIdxs = []int32{
 	11, // 1: cohort.storage.v1.Capture.labels:type_name -> cohort.storage.v1.Capture.LabelsEntry
 	7,  // 2: cohort.storage.v1.ListResponse.captures:type_name -> cohort.storage.v1.Capture
 	1,  // 3: cohort.storage.v1.Storage.Open:input_type -> cohort.storage.v1.OpenRequest
-	3,  // 4: cohort.storage.v1.Storage.Take:input_type -> cohort.storage.v1.CaptureRequest
-	5,  // 5: cohort.storage.v1.Storage.Seal:input_type -> cohort.storage.v1.SealRequest
-	3,  // 6: cohort.storage.v1.Storage.Discard:input_type -> cohort.storage.v1.CaptureRequest
-	3,  // 7: cohort.storage.v1.Storage.Renew:input_type -> cohort.storage.v1.CaptureRequest
-	0,  // 8: cohort.storage.v1.Storage.List:input_type -> cohort.storage.v1.Empty
-	0,  // 9: cohort.storage.v1.Storage.Info:input_type -> cohort.storage.v1.Empty
-	2,  // 10: cohort.storage.v1.Storage.Open:output_type -> cohort.storage.v1.OpenResponse
-	4,  // 11: cohort.storage.v1.Storage.Take:output_type -> cohort.storage.v1.TakeResponse
-	6,  // 12: cohort.storage.v1.Storage.Seal:output_type -> cohort.storage.v1.SealResponse
-	0,  // 13: cohort.storage.v1.Storage.Discard:output_type -> cohort.storage.v1.Empty
-	0,  // 14: cohort.storage.v1.Storage.Renew:output_type -> cohort.storage.v1.Empty
-	8,  // 15: cohort.storage.v1.Storage.List:output_type -> cohort.storage.v1.ListResponse
-	9,  // 16: cohort.storage.v1.Storage.Info:output_type -> cohort.storage.v1.InfoResponse
-	10, // [10:17] is the sub-list for method output_type
-	3,  // [3:10] is the sub-list for method input_type
+	3,  // 4: cohort.storage.v1.Storage.Ready:input_type -> cohort.storage.v1.CaptureRequest
+	3,  // 5: cohort.storage.v1.Storage.Take:input_type -> cohort.storage.v1.CaptureRequest
+	5,  // 6: cohort.storage.v1.Storage.Seal:input_type -> cohort.storage.v1.SealRequest
+	3,  // 7: cohort.storage.v1.Storage.Discard:input_type -> cohort.storage.v1.CaptureRequest
+	3,  // 8: cohort.storage.v1.Storage.Renew:input_type -> cohort.storage.v1.CaptureRequest
+	0,  // 9: cohort.storage.v1.Storage.List:input_type -> cohort.storage.v1.Empty
+	0,  // 10: cohort.storage.v1.Storage.Info:input_type -> cohort.storage.v1.Empty
+	2,  // 11: cohort.storage.v1.Storage.Open:output_type -> cohort.storage.v1.OpenResponse
+	0,  // 12: cohort.storage.v1.Storage.Ready:output_type -> cohort.storage.v1.Empty
+	4,  // 13: cohort.storage.v1.Storage.Take:output_type -> cohort.storage.v1.TakeResponse
+	6,  // 14: cohort.storage.v1.Storage.Seal:output_type -> cohort.storage.v1.SealResponse
+	0,  // 15: cohort.storage.v1.Storage.Discard:output_type -> cohort.storage.v1.Empty
+	0,  // 16: cohort.storage.v1.Storage.Renew:output_type -> cohort.storage.v1.Empty
+	8,  // 17: cohort.storage.v1.Storage.List:output_type -> cohort.storage.v1.ListResponse
+	9,  // 18: cohort.storage.v1.Storage.Info:output_type -> cohort.storage.v1.InfoResponse
+	11, // [11:19] is the sub-list for method output_type
+	3,  // [3:11] is the sub-list for method input_type
 	3,  // [3:3] is the sub-list for extension type_name
 	3,  // [3:3] is the sub-list for extension extendee
 	0,  // [0:3] is the sub-list for field type_name

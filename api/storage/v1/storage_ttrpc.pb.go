@@ -9,6 +9,7 @@ import (
 
 type StorageService interface {
 	Open(context.Context, *OpenRequest) (*OpenResponse, error)
+	Ready(context.Context, *CaptureRequest) (*Empty, error)
 	Take(context.Context, *CaptureRequest) (*TakeResponse, error)
 	Seal(context.Context, *SealRequest) (*SealResponse, error)
 	Discard(context.Context, *CaptureRequest) (*Empty, error)
@@ -26,6 +27,13 @@ func RegisterStorageService(srv *ttrpc.Server, svc StorageService) {
 					return nil, err
 				}
 				return svc.Open(ctx, &req)
+			},
+			"Ready": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req CaptureRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.Ready(ctx, &req)
 			},
 			"Take": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req CaptureRequest
@@ -86,6 +94,14 @@ func NewStorageClient(client *ttrpc.Client) StorageService {
 func (c *storageClient) Open(ctx context.Context, req *OpenRequest) (*OpenResponse, error) {
 	var resp OpenResponse
 	if err := c.client.Call(ctx, "cohort.storage.v1.Storage", "Open", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *storageClient) Ready(ctx context.Context, req *CaptureRequest) (*Empty, error) {
+	var resp Empty
+	if err := c.client.Call(ctx, "cohort.storage.v1.Storage", "Ready", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
