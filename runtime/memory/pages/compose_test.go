@@ -183,6 +183,12 @@ func TestEveryPageIsRestoredAsItWasInTheBarrier(t *testing.T) {
 			p := s.Process(testPid)
 			step(rnd.IntN(40))
 			for range rnd.IntN(6) {
+				switch rnd.IntN(6) {
+				case 0, 1:
+					s.Hold()
+				case 2: // there is no more memory for it
+					s.held.full = true
+				}
 				a.round(p)
 				step(rnd.IntN(12))
 			}

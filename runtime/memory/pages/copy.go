@@ -11,6 +11,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cohort-project/cohort/runtime/pace"
 )
 
 // ErrExited is returned by Copy for a process that has ended. What the store
@@ -265,19 +267,14 @@ func (b *batch) flush() error {
 	if len(b.segs) == 0 {
 		return nil
 	}
-	wait := b.p.store.pace.wait(b.ctx, int(b.used))
-	var err error
-	if b.p.store.held.on.Load() {
-		err = b.read()
-	} else {
-		err = b.p.store.gate.pass(b.read)
+	err := b.p.store.gate.pass(Pace(b.p.store.pace.Load()), b.read)
+	if !b.p.store.held.on.Load() {
+		pace.Pause(b.ctx)
 	}
 	if err != nil {
 		for _, s := range b.segs {
 			b.p.forget(s)
 		}
-	} else {
-		err = wait
 	}
 	b.segs, b.used = b.segs[:0], 0
 	return err
@@ -437,7 +434,7 @@ func write(l *level, data []byte, slot uint64) error {
 	if len(data) == 0 {
 		return nil
 	}
-	if l.late != nil {
+	if l.late.used > 0 {
 		// No more room: page by page, since some of these may be in memory.
 		for ; len(data) > 0; data, slot = data[pageSize:], slot+1 {
 			if l.hold(data[:pageSize], slot) {

@@ -12,7 +12,6 @@ import (
 	"slices"
 	"syscall"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -86,7 +85,7 @@ func TestARoundThatIsEndedHalfWayMissesNothing(t *testing.T) {
 	for i := range size {
 		a.write(a.addr(i), uint64(i+1))
 	}
-	s := newStore(t, WithRate(1<<40))
+	s := newStore(t)
 	p := s.Process(testPid)
 	a.round(p)
 	for i := range size {
@@ -167,22 +166,6 @@ func TestAProcessThatEndedIsNoticed(t *testing.T) {
 	}
 	if _, err := s.Process(testPid).Copy(ctx, os.Getpid(), nothing); err != nil {
 		t.Error(err)
-	}
-}
-
-// TestCopyingKeepsToItsRate in the long run; the first buffer is free.
-func TestCopyingKeepsToItsRate(t *testing.T) {
-	const size = 5 * bufferSize
-	a := newArena(t, size/int(pageSize))
-	for i := range size / int(pageSize) {
-		a.write(a.addr(i), 1)
-	}
-	const rate = 20 * bufferSize // 4 buffers take 200 ms
-	p := newStore(t, WithRate(rate)).Process(testPid)
-	start := time.Now()
-	a.round(p)
-	if took := time.Since(start); took < 190*time.Millisecond || took > 5*time.Second {
-		t.Errorf("%d bytes took %s at %d bytes a second", size, took, rate)
 	}
 }
 

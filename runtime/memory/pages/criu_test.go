@@ -347,6 +347,7 @@ func TestAProcessCopiedWhileRunningIsRestoredByPlainCRIU(t *testing.T) {
 			m.preCopy(s, test.rounds)
 			// One round more changes the store once the program has gone on for a while.
 			time.Sleep(50 * time.Millisecond)
+			s.Hold()
 			m.preCopy(s, 1)
 			time.Sleep(20 * time.Millisecond)
 			clean := m.dump(dir, test.env...)

@@ -13,6 +13,8 @@ import (
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
+
+	"github.com/cohort-project/cohort/runtime/pace"
 )
 
 const (
@@ -193,6 +195,7 @@ func (d *deduper) compare(ctx context.Context) (same []Range, err error) {
 			if err := ctx.Err(); err != nil {
 				return nil, err
 			}
+			pace.Pause(ctx)
 			x, err := ours.get(a.src, a.off, b.End-b.Start)
 			if err != nil {
 				return nil, err
@@ -246,6 +249,7 @@ func (d *deduper) write(ctx context.Context, same []Range) error {
 		if err := out.gather(f, p.off, p.End-p.Start); err != nil {
 			return err
 		}
+		pace.Pause(ctx)
 		m.appendPresent(p.Range)
 	}
 	if err := out.flush(); err != nil {

@@ -22,8 +22,26 @@ type gate struct {
 	dir *os.File
 }
 
+// Pace is how much a store spares the containers of the host while it copies.
+type Pace int32
+
+// The paces, from slow to fast. All but Free are of stores with a gate.
+const (
+	// Calm waits for its turn and pauses after each.
+	Calm Pace = iota
+	// Brisk waits for its turn. It is for a container that writes faster than it is
+	// copied calmly.
+	Brisk
+	// Free waits for nobody. It is for the last moments before the freeze, and for frozen
+	// containers.
+	Free
+)
+
+// SetPace changes the pace, which is Calm at first. It may be called at any time.
+func (s *Store) SetPace(p Pace) { s.pace.Store(int32(p)) }
+
 // WithGate has the store wait its turn among all stores on the host that were given
-// the same directory, for each read of at most a megabyte; until Hold.
+// the same directory, for each read of at most a megabyte; see [Pace].
 func WithGate(dir string) Option {
 	return func(s *Store) { s.gateDir = dir }
 }
@@ -40,8 +58,8 @@ func openGate(dir string) (*gate, error) {
 }
 
 // pass runs f in its turn. Nobody waits for one who has died: the kernel lets go.
-func (g *gate) pass(f func() error) error {
-	if g == nil {
+func (g *gate) pass(pace Pace, f func() error) error {
+	if g == nil || pace == Free {
 		return f()
 	}
 	g.mu.Lock()
@@ -58,6 +76,9 @@ func (g *gate) pass(f func() error) error {
 	defer func() { _ = unix.Flock(int(g.dir.Fd()), unix.LOCK_UN) }()
 	begun := time.Now()
 	err := f()
+	if pace == Brisk {
+		return err
+	}
 	// The fewer processors there are, the more of its time goes to others.
 	time.Sleep(time.Since(begun) / time.Duration(runtime.NumCPU()))
 	return err

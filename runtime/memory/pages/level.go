@@ -39,9 +39,7 @@ type level struct {
 	gone bitmap
 	// view is the file as Map has last mapped it.
 	view []byte
-	// late has the pages that are in memory only, by slot; room is for more of them.
-	late map[uint64][]byte
-	room []byte
+	late late
 	held *held // of the store; nil where nothing is kept
 }
 
@@ -166,8 +164,8 @@ func (l *level) close() error {
 	if l == nil || l.f == nil {
 		return nil
 	}
-	err := errors.Join(l.unmap(), l.f.Close())
-	l.f = nil
+	err := errors.Join(l.unmap(), l.f.Close(), unmapAll(l.late.chunks))
+	l.f, l.late = nil, late{}
 	return err
 }
 

@@ -12,7 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"sync"
-	"time"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,9 +25,9 @@ const bufferSize = 1 << 20
 // concurrent use; each [Process] belongs to one goroutine at a time.
 type Store struct {
 	dir  string
-	pace *pacer
 	held held
 	gate *gate // nil: it need not wait
+	pace atomic.Int32
 
 	gateDir string
 
@@ -39,16 +39,6 @@ type Store struct {
 
 // Option changes how a store works.
 type Option func(*Store)
-
-// WithRate bounds what all processes together are copied with, in bytes per
-// second; 0 is no bound.
-func WithRate(bytesPerSecond int64) Option {
-	return func(s *Store) {
-		if bytesPerSecond > 0 {
-			s.pace = &pacer{rate: bytesPerSecond}
-		}
-	}
-}
 
 // NewStore makes an empty store in dir, which must not exist yet or be empty.
 // It should be on the file system of the images that it is composed with:
@@ -63,6 +53,7 @@ func NewStore(dir string, options ...Option) (*Store, error) {
 		return nil, fmt.Errorf("make a page store: %s has %s in it; give an empty directory", dir, entries[0].Name())
 	}
 	s := &Store{dir: dir, processes: map[int]*Process{}}
+	s.held.room = func() bool { return Spare() > 0 }
 	for _, o := range options {
 		o(s)
 	}
@@ -149,7 +140,7 @@ func (s *Store) Discard() error {
 		return nil
 	}
 	s.closed = true
-	errs := []error{s.gate.close()}
+	errs := []error{s.gate.close(), s.held.close()}
 	for _, p := range s.processes {
 		errs = append(errs, p.close())
 	}
@@ -363,38 +354,4 @@ func (p *Process) close() error {
 		p.pidfd = nil
 	}
 	return errors.Join(errs...)
-}
-
-// pacer spreads copying over time.
-type pacer struct {
-	rate int64 // bytes per second
-
-	mu   sync.Mutex
-	next time.Time // when what was allowed so far is used up
-}
-
-// wait returns when n more bytes may be copied.
-func (p *pacer) wait(ctx context.Context, n int) error {
-	if p == nil {
-		return nil
-	}
-	p.mu.Lock()
-	now := time.Now()
-	if p.next.Before(now) {
-		p.next = now
-	}
-	due := p.next
-	p.next = due.Add(time.Duration(float64(n) / float64(p.rate) * float64(time.Second)))
-	p.mu.Unlock()
-	if !due.After(now) {
-		return nil
-	}
-	t := time.NewTimer(due.Sub(now))
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return nil
-	}
 }

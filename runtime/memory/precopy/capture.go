@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"runtime"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/cohort-project/cohort/runtime/memory/pages"
 	"github.com/cohort-project/cohort/runtime/memory/track"
+	"github.com/cohort-project/cohort/runtime/pace"
 )
 
 // warmPause is the least pause between two rounds while the container waits for
@@ -22,13 +24,72 @@ import (
 // long a pause: no more than half of a core is spent on one container.
 const warmPause = 10 * time.Millisecond
 
+// catchUpTime bounds CatchUp. Even a container of many GiB is copied into memory once in it.
+const catchUpTime = 10 * time.Second
+
+// shortRound is a round after which CatchUp is done: some of them fit into Sprint.
+const shortRound = 25 * time.Millisecond
+
+// CatchUp copies what was written since Start, which may be long ago, until little is
+// left or no longer shrinks. What it copies stays in memory until Compose. It goes as calmly as
+// Start, and faster when that is too slow. A container of which Start did not get
+// ahead is copied in it. An error other than that of ctx is none: it leaves more to the barrier.
+func (s *Session) CatchUp(ctx context.Context) error {
+	s.hold()
+	pace := pages.Calm
+	if s.stats.End != EndEnough {
+		pace = pages.Brisk
+	}
+	until := time.Now().Add(catchUpTime)
+	before := ^uint64(0)
+	for time.Now().Before(until) {
+		s.store.SetPace(pace)
+		begun := time.Now()
+		// Not on threads of low priority: much else is going on now, and one that waits for a
+		// processor while it has the lock of the container's mappings has the container wait.
+		n, err := s.round(ctx, s.each)
+		if err != nil {
+			return ctx.Err()
+		}
+		// What is written in so short a time another round would not make less.
+		if n <= s.opts.Enough || time.Since(begun) < shortRound {
+			if s.stats.End == EndBehind {
+				s.stats.End = EndCaughtUp
+			}
+			return nil
+		}
+		if n > before-before/4 {
+			if pace == pages.Free {
+				break
+			}
+			pace++
+		}
+		before = n
+	}
+	if s.stats.End == EndEnough {
+		s.stats.End = EndShrinking
+	}
+	return ctx.Err()
+}
+
+// hold has what is copied from now on stay in memory.
+func (s *Session) hold() {
+	s.store.Hold()
+	s.holding = true
+}
+
+// busyPause is how many times longer it pauses on a busy host.
+const busyPause = 5
+
 // KeepWarm goes on copying in the background what the container writes, so that
 // little is left when the freeze comes. Sprint or Cool ends it. What it copies stays
 // in memory until Compose.
 func (s *Session) KeepWarm() {
-	s.store.Hold()
-	s.holding = true
-	ctx, cancel := context.WithCancel(context.Background())
+	s.hold()
+	s.store.SetPace(pages.Free)
+	// A sixty-fourth of it may well be written between the last round and the freeze.
+	s.store.Reserve(s.stats.CopiedBytes / 64)
+	ctx, cancel := context.WithCancel(pace.With(context.Background(), s.pace))
 	s.warm, s.warmed = cancel, make(chan struct{})
 	go func() {
 		defer close(s.warmed)
@@ -36,10 +97,14 @@ func (s *Session) KeepWarm() {
 			begun := time.Now()
 			// A round that fails leaves more to CRIU, or fails again in Capture.
 			_, _ = s.round(ctx, s.inTurn)
+			pause := max(warmPause, time.Since(begun))
+			if pace.Pause(ctx); pace.Busy(ctx) {
+				pause *= busyPause
+			}
 			select {
 			case <-ctx.Done():
 				return
-			case <-time.After(max(warmPause, time.Since(begun))):
+			case <-time.After(pause):
 			}
 		}
 	}()
@@ -91,18 +156,31 @@ func (s *Session) Sprint(ctx context.Context, d time.Duration) {
 	<-ctx.Done()
 }
 
-// Scan notes, for the frozen container, which pages are in the store as they are.
-// It must have returned before CRIU touches the tasks: CRIU writes into their
-// memory itself, and a page that it changes after it has passed over it would be
-// in neither image.
-func (s *Session) Scan() error {
+// Scan copies, for the frozen container, what was written since the last round, and
+// notes which pages are in the store as they are. CRIU would need 15 µs for a page on
+// its own, which takes one or two here. Scan must have returned before CRIU touches the tasks: CRIU
+// writes into their memory itself, and a page that it changes after it has passed over it would be
+// in neither image. What is not copied when ctx ends is CRIU's.
+func (s *Session) Scan(ctx context.Context) error {
+	s.store.SetPace(pages.Free)
+	var copied atomic.Uint64
+	defer func() {
+		s.stats.BarrierBytes += copied.Load()
+		s.stats.CopiedBytes += copied.Load()
+	}()
 	return s.each(func(m *member) error {
 		m.clean = nil
 		if err := m.ended(breakMemory(m)); err != nil {
 			return err
 		}
+		// No Refresh: it would change the mappings that CRIU is reading.
+		n, err := m.take(ctx)
+		copied.Add(n)
+		if err != nil && ctx.Err() == nil {
+			return err
+		}
 		var list []pages.Range
-		err := m.tracker.Clean(func(r track.Range) error {
+		err = m.tracker.Clean(func(r track.Range) error {
 			list = append(list, pages.Range(r))
 			return nil
 		})

@@ -5,9 +5,10 @@
 // that were written since.
 //
 //	s, err := precopy.Start(ctx, dir, processes, options)  // running: tracked, copied round after round
+//	err = s.CatchUp(ctx)                                  // what was written since, into memory
 //	s.KeepWarm()                                          // until the freeze: what is written is copied on
 //	s.Cool()                                              // before the freeze
-//	err = s.Scan()                                        // frozen: which pages are good as they are
+//	err = s.Scan(ctx)                                     // frozen: what is left is copied; which pages are good
 //	err = s.Complete(ctx)                                 // frozen, beside CRIU: what could not be read before
 //	stats, err := s.Compose(ctx, imagesDir)               // running: CRIU's images and ours become one
 //	s.Close()

@@ -64,7 +64,7 @@ func TestAProcessThatExecutesAnotherProgramIsLeftToCRIU(t *testing.T) {
 	if _, err := s.written(); err != nil {
 		t.Errorf("what is left to copy: %v", err)
 	}
-	if err := s.Scan(); err != nil {
+	if err := s.Scan(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if err := s.Complete(t.Context()); err != nil {

@@ -15,6 +15,7 @@ import (
 	"github.com/cohort-project/cohort/runtime/memory/pages"
 	"github.com/cohort-project/cohort/runtime/memory/shm"
 	"github.com/cohort-project/cohort/runtime/memory/track"
+	"github.com/cohort-project/cohort/runtime/pace"
 )
 
 var pageSize = uint64(os.Getpagesize())
@@ -42,15 +43,28 @@ type Options struct {
 	Rounds int
 	// Time bounds those after the first together (20 s).
 	Time time.Duration
-	// Rate bounds the copying, in bytes a second; 0 means no bound.
-	Rate int64
 	// Parent is the memory of the epoch at whose cut Kept was armed: a page not
 	// written since is not copied, it is the parent's.
 	Parent *pages.Chain
 	// Kept is what [Session.Keep] gave when the parent epoch ended. Start takes it
 	// over, also when it fails.
 	Kept *Tracking
+
+	spare func() uint64 // instead of pages.Spare, for tests
 }
+
+// Why rounds end.
+const (
+	EndEnough    = "enough"
+	EndRounds    = "rounds"
+	EndTime      = "time"
+	EndShrinking = "no longer shrinking"
+	// EndCaughtUp is a container that wrote about as fast as it could be copied to the
+	// disk: the rest was copied into memory, until enough.
+	EndCaughtUp = "caught up in memory"
+	// EndBehind is one that wrote faster than that, too: what was left was copied in the barrier.
+	EndBehind = "fell behind"
+)
 
 // Stats tell what pre-copy did.
 type Stats struct {
@@ -62,7 +76,9 @@ type Stats struct {
 	// CopiedBytes were read in all rounds, pages that changed more than once
 	// counted each time.
 	CopiedBytes uint64 `json:"copied_bytes"`
-	// End says why the rounds ended: "enough", "rounds", "time" or "no longer shrinking".
+	// BarrierBytes of them were read while the container was frozen.
+	BarrierBytes uint64 `json:"barrier_bytes"`
+	// End says why the rounds ended: one of the constants.
 	End string `json:"end"`
 	// Untracked are processes that could not be tracked: CRIU dumps them whole.
 	Untracked int `json:"untracked,omitempty"`
@@ -102,8 +118,9 @@ type Session struct {
 	ended   []*track.Tracker
 	shared  *shm.Session
 	stats   Stats
-	holding bool      // KeepWarm has begun
-	looked  time.Time // at shared memory
+	pace    *pace.Pacer // of the context of Start, for KeepWarm
+	holding bool        // CatchUp or KeepWarm has begun
+	looked  time.Time   // at shared memory
 
 	warm   context.CancelFunc
 	warmed chan struct{}
@@ -133,15 +150,11 @@ func Start(ctx context.Context, dir string, list List, o Options) (_ *Session, e
 		}
 	}()
 	// Captures of all containers are side by side.
-	options := []pages.Option{pages.WithGate(filepath.Dir(filepath.Dir(dir)))}
-	if o.Rate > 0 {
-		options = append(options, pages.WithRate(o.Rate))
-	}
-	store, err := pages.NewStore(dir, options...)
+	store, err := pages.NewStore(dir, pages.WithGate(filepath.Dir(filepath.Dir(dir))))
 	if err != nil {
 		return nil, err
 	}
-	s := &Session{store: store, list: list, opts: o, refused: map[int]error{}, stats: Stats{Engine: "wp-async"}}
+	s := &Session{store: store, list: list, opts: o, refused: map[int]error{}, pace: pace.From(ctx), stats: Stats{Engine: "wp-async"}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.Close())
@@ -276,8 +289,10 @@ func (s *Session) rounds(ctx context.Context) error {
 			return err
 		}
 		if deadline.IsZero() {
-			// The first round takes what it takes: other containers may have theirs now.
+			// The first round takes what it takes: other containers may have theirs now. Those
+			// that follow do not give way: the longer they take, the more they leave to the barrier.
 			deadline = time.Now().Add(s.opts.Time)
+			ctx = pace.With(ctx, nil)
 		}
 		left, err := s.written()
 		if err != nil {
@@ -285,19 +300,33 @@ func (s *Session) rounds(ctx context.Context) error {
 		}
 		switch {
 		case left <= s.opts.Enough:
-			s.stats.End = "enough"
+			s.stats.End = EndEnough
+		case left > n/4 && left+left/4 < s.roomInMemory():
+			// It would take many rounds, if the disk is as fast as that: see CatchUp.
+			s.stats.End = EndBehind
 		case s.stats.Rounds >= s.opts.Rounds:
-			s.stats.End = "rounds"
+			s.stats.End = EndRounds
 		case time.Now().After(deadline):
-			s.stats.End = "time"
+			s.stats.End = EndTime
 		case s.stats.Rounds > 1 && n >= before-before/8:
-			s.stats.End = "no longer shrinking"
+			s.stats.End = EndShrinking
 		default:
+			if left > n/2 {
+				s.store.SetPace(pages.Brisk)
+			}
 			before = n
 			continue
 		}
 		return nil
 	}
+}
+
+// roomInMemory is how much can be copied into memory, in bytes.
+func (s *Session) roomInMemory() uint64 {
+	if s.opts.spare != nil {
+		return s.opts.spare()
+	}
+	return pages.Spare()
 }
 
 // round copies once what was written since the last one, going through the
@@ -317,7 +346,8 @@ func (s *Session) round(ctx context.Context, each func(func(*member) error) erro
 	})
 	if err == nil && (!s.holding || time.Since(s.looked) > sharedPause) {
 		var n uint64
-		n, err = s.shared.Round(ctx)
+		// Its first copy was paced; this is what was written since.
+		n, err = s.shared.Round(pace.With(ctx, nil))
 		copied += n
 		s.looked = time.Now()
 	}
@@ -328,11 +358,16 @@ func (s *Session) round(ctx context.Context, each func(func(*member) error) erro
 
 // copy takes the written pages of one process, unless its memory has ended.
 func (m *member) copy(ctx context.Context) (uint64, error) {
-	// What the tracker has handed over counts as clean from then on, so all of it
-	// must be stored, also when the context ends in between: CopyFrom sees to that.
 	if _, err := m.tracker.Refresh(ctx); err != nil {
 		return 0, m.ended(err)
 	}
+	return m.take(ctx)
+}
+
+// take is copy for the mappings that are tracked already.
+func (m *member) take(ctx context.Context) (uint64, error) {
+	// What the tracker has handed over counts as clean from then on, so all of it
+	// must be stored, also when the context ends in between: CopyFrom sees to that.
 	c, err := m.store.CopyFrom(ctx, m.Pid, func(accept func(pages.Range) error) error {
 		return m.tracker.Take(ctx, func(r track.Range) error { return accept(pages.Range(r)) })
 	})

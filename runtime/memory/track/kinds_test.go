@@ -73,11 +73,7 @@ func TestWritesOfTheKernelForTheProcessAreSeen(t *testing.T) {
 	if err := os.WriteFile(file, make([]byte, 16*pageSize), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	s := startSubject(t, nil)
-	m := s.mapping(0, 32, "anon")
-	s.do("fill 0 1")
-	tr := s.attach()
-	taken(t, tr, m)
+	s, m, tr := trackedSubject(t, 32)
 	s.do("read 0 4 4 %s", file)
 	expect(t, "Take after read(2)", taken(t, tr, m), pages(4, 8))
 	// As process_vm_writev of a debugger or of a neighbour would.

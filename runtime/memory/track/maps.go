@@ -163,8 +163,12 @@ func split(r Range, spans []span, fn func(part Range, inside bool) error) error 
 // span is a stretch of private memory of one kind.
 type span struct {
 	Range
-	file bool // a private mapping of a file
+	file  bool // a private mapping of a file
+	alone bool // (a part of) one anonymous mapping of at least Tracker.alone
 }
+
+// aloneLeast is the size in bytes from which a mapping is worth two system calls of its own.
+const aloneLeast = 1 << 20
 
 // pieces cuts it at the multiples of size, a power of two.
 func (s span) pieces(size uint64) iter.Seq[Range] {
@@ -181,7 +185,7 @@ func (s span) pieces(size uint64) iter.Seq[Range] {
 
 // join appends s to spans in address order, merging neighbours of one kind.
 func join(spans []span, s span) []span {
-	if n := len(spans); n > 0 && spans[n-1].End == s.Start && spans[n-1].file == s.file {
+	if n := len(spans); n > 0 && spans[n-1].End == s.Start && spans[n-1].file == s.file && !spans[n-1].alone && !s.alone {
 		spans[n-1].End = s.End
 		return spans
 	}

@@ -21,11 +21,7 @@ import (
 )
 
 func TestForkedChildIsUntrackedAndUnharmed(t *testing.T) {
-	s := startSubject(t, nil)
-	m := s.mapping(0, 32, "anon")
-	s.do("fill 0 1")
-	tr := s.attach()
-	taken(t, tr, m)
+	s, m, tr := trackedSubject(t, 32)
 	answer := s.do("fork 0")
 	child, right := int(answer[0]), answer[1]
 	if right != 1 {
@@ -48,11 +44,7 @@ func TestForkedChildIsUntrackedAndUnharmed(t *testing.T) {
 }
 
 func TestChildsPagesAreNotWriteProtected(t *testing.T) {
-	s := startSubject(t, nil)
-	m := s.mapping(0, 32, "anon")
-	s.do("fill 0 1")
-	tr := s.attach()
-	taken(t, tr, m)
+	s, m, _ := trackedSubject(t, 32)
 	child := int(s.do("fork 0")[0])
 	f, err := os.Open(procPath(child, "pagemap"))
 	if err != nil {
@@ -76,11 +68,7 @@ func TestChildsPagesAreNotWriteProtected(t *testing.T) {
 func TestExecIsNoticed(t *testing.T) {
 	for _, how := range []string{"exec", "vforkexec"} {
 		t.Run(how, func(t *testing.T) {
-			s := startSubject(t, nil)
-			m := s.mapping(0, 32, "anon")
-			s.do("fill 0 1")
-			tr := s.attach()
-			taken(t, tr, m)
+			s, _, tr := trackedSubject(t, 32)
 			s.do("%s", how)
 			s.answer("start again")
 			never := func(r Range) error { return fmt.Errorf("reported %#x", r.Start) }
@@ -100,7 +88,7 @@ func TestExecIsNoticed(t *testing.T) {
 				t.Errorf("Alive: %v", err)
 			}
 			again := s.attach()
-			m = s.mapping(0, 8, "anon")
+			m := s.mapping(0, 8, "anon")
 			s.do("fill 0 1")
 			refresh(t, again)
 			expect(t, "Take of the new program", taken(t, again, m), pages(0, 8))

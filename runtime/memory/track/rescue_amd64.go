@@ -42,8 +42,12 @@ var (
 	}
 )
 
-// gadgetCache remembers where in a file they were; it is checked on use.
-var gadgetCache sync.Map // string → [2]uint64, offsets from the mapping's start
+// gadgetCache remembers where in a file they were, which is checked on use, and that
+// they were not there: to look through the text of a large program takes 20 ms of
+// processor time, and a container may have dozens of processes of it.
+var gadgetCache sync.Map // string → [2]uint64, offsets from the mapping's start; none where there is none
+
+const none = ^uint64(0)
 
 // findRescue looks for both instruction sequences in one mapping.
 func findRescue(mem *os.File, a area, c *code) {
@@ -60,19 +64,28 @@ func findRescue(mem *os.File, a area, c *code) {
 }
 
 func gadgetsIn(mem *os.File, a area) (call, home uint64) {
-	key := fmt.Sprintf("%d %d %s", a.inode, a.Size(), a.path)
+	key := fmt.Sprintf("%s %d %d %d %s", a.device, a.inode, a.offset, a.Size(), a.path)
 	if known, ok := gadgetCache.Load(key); ok {
 		at := known.([2]uint64)
-		call, home = a.Start+at[0], a.Start+at[1]
-		if holds(mem, call, callGadget) && holds(mem, home, homeGadgets...) {
+		if at[0] != none {
+			call = a.Start + at[0]
+		}
+		if at[1] != none {
+			home = a.Start + at[1]
+		}
+		if (call == 0 || holds(mem, call, callGadget)) && (home == 0 || holds(mem, home, homeGadgets...)) {
 			return call, home
 		}
 	}
-	call, _ = searchArea(mem, a, 1, callGadget)
-	home, _ = searchArea(mem, a, 1, homeGadgets...)
-	if call != 0 && home != 0 {
-		gadgetCache.Store(key, [2]uint64{call - a.Start, home - a.Start})
+	at := [2]uint64{none, none}
+	var ok bool
+	if call, ok = searchArea(mem, a, 1, callGadget); ok {
+		at[0] = call - a.Start
 	}
+	if home, ok = searchArea(mem, a, 1, homeGadgets...); ok {
+		at[1] = home - a.Start
+	}
+	gadgetCache.Store(key, at)
 	return call, home
 }
 

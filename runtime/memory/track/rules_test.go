@@ -38,12 +38,8 @@ func union(sets ...pageSet) pageSet {
 }
 
 func TestManyScatteredPagesAreReportedOnceEach(t *testing.T) {
-	s := startSubject(t, nil)
 	const n = 20000 // more regions than one system call returns
-	m := s.mapping(0, n, "anon")
-	s.do("fill 0 1")
-	tr := s.attach()
-	taken(t, tr, m)
+	s, m, tr := trackedSubject(t, n)
 	want := pageSet{}
 	for i := 0; i < n; i += 2 {
 		want[i] = true
@@ -178,11 +174,7 @@ func stackOf(t *testing.T, pid int) Range {
 }
 
 func TestMovedMappingIsDirtyEverywhere(t *testing.T) {
-	s := startSubject(t, nil)
-	old := s.mapping(0, 32, "anon")
-	s.do("fill 0 1")
-	tr := s.attach()
-	taken(t, tr, old)
+	s, old, tr := trackedSubject(t, 32)
 	moved := asRange(s.do("move 0"))
 	for _, when := range []string{"before", "after"} {
 		expect(t, "Clean of the old place "+when+" Refresh", clean(t, tr, old), pages(0, 0))
@@ -194,12 +186,8 @@ func TestMovedMappingIsDirtyEverywhere(t *testing.T) {
 }
 
 func TestMappingGrownInPlaceIsDirtyWhereItIsNew(t *testing.T) {
-	s := startSubject(t, nil)
-	m := s.mapping(0, 32, "anon")
-	s.do("fill 0 1")
-	tr := s.attach()
-	taken(t, tr, m)
-	m = asRange(s.do("resize 0 64"))
+	s, _, tr := trackedSubject(t, 32)
+	m := asRange(s.do("resize 0 64"))
 	s.do("fill 0 2 32 32")
 	refresh(t, tr)
 	expect(t, "Clean after growing", clean(t, tr, m), pages(0, 32))
@@ -216,11 +204,7 @@ func TestAnotherMappingAtTheSamePlaceIsNeverClean(t *testing.T) {
 	}
 	for _, kind := range []string{"anon", "filep", "shared", "memfd"} {
 		t.Run(kind, func(t *testing.T) {
-			s := startSubject(t, nil)
-			m := s.mapping(0, 16, "anon")
-			s.do("fill 0 1")
-			tr := s.attach()
-			taken(t, tr, m)
+			s, m, tr := trackedSubject(t, 16)
 			s.do("remap 0 %s %s", kind, file)
 			expect(t, "Clean, untouched", clean(t, tr, m), pages(0, 0))
 			s.do("fill 0 2")
@@ -266,11 +250,7 @@ func TestDroppedPagesAreNotClean(t *testing.T) {
 // A page that MADV_FREE gave to the kernel is still there until memory is short;
 // meanwhile its contents are what they were. When it is taken, it is not there.
 func TestFreedPagesAreCleanOnlyWhileTheyAreThere(t *testing.T) {
-	s := startSubject(t, nil)
-	m := s.mapping(0, 16, "anon")
-	s.do("fill 0 1")
-	tr := s.attach()
-	taken(t, tr, m)
+	s, m, tr := trackedSubject(t, 16)
 	s.do("advise 0 %d 4 4", unix.MADV_FREE)
 	got := clean(t, tr, m)
 	for p := range pages(0, 4) {
@@ -311,11 +291,7 @@ func content(t *testing.T, pid int, addr uint64) byte {
 }
 
 func TestProtectionChangesKeepTheState(t *testing.T) {
-	s := startSubject(t, nil)
-	m := s.mapping(0, 16, "anon")
-	s.do("fill 0 1")
-	tr := s.attach()
-	taken(t, tr, m)
+	s, m, tr := trackedSubject(t, 16)
 	s.do("protect 0 %d 4 4", unix.PROT_READ)
 	s.do("protect 0 %d 4 4", unix.PROT_READ|unix.PROT_WRITE)
 	expect(t, "Clean", clean(t, tr, m), pages(0, 16))
@@ -339,11 +315,7 @@ func TestReservedMemoryIsTrackedFromItsFirstUse(t *testing.T) {
 const madvGuardInstall = 102
 
 func TestGuardPagesHaveNoContents(t *testing.T) {
-	s := startSubject(t, nil)
-	m := s.mapping(0, 16, "anon")
-	s.do("fill 0 1")
-	tr := s.attach()
-	taken(t, tr, m)
+	s, m, tr := trackedSubject(t, 16)
 	if _, err := s.try("advise 0 %d 4 4", madvGuardInstall); err != nil {
 		missing(t, "MADV_GUARD_INSTALL: "+err.Error())
 	}

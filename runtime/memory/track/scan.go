@@ -49,7 +49,7 @@ func (t *Tracker) Take(ctx context.Context, fn func(Range) error) error {
 		// meanwhile, and what was armed until there would be lost. Without it the
 		// kernel passes over such a mapping, which then counts as written.
 		for r := range s.pieces(takePiece) {
-			if err := t.scan(ctx, span{r, s.file}, sel, uapi.PmScanWPMatching, fn); err != nil {
+			if err := t.scan(ctx, span{Range: r, file: s.file}, sel, uapi.PmScanWPMatching, fn); err != nil {
 				return t.failed("taking the written pages of", err)
 			}
 		}
@@ -65,7 +65,7 @@ func (t *Tracker) Take(ctx context.Context, fn func(Range) error) error {
 // running one it is out of date when it returns.
 //
 // Only mappings that are private and trackable now can be clean, and only if they
-// have been registered since they exist.
+// have been registered since they exist. For a GiB of clean pages it takes half a millisecond.
 func (t *Tracker) Clean(fn func(Range) error) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -73,6 +73,9 @@ func (t *Tracker) Clean(fn func(Range) error) error {
 	err := t.eachPrivate(func(s span, tracked bool) error {
 		if !tracked {
 			return nil
+		}
+		if s.alone && allowsWP(t.pagemap, s.Start) {
+			return t.scanRest(s.Range, fn)
 		}
 		return t.scan(context.Background(), s, sel, 0, fn)
 	})
@@ -117,12 +120,12 @@ func (t *Tracker) eachPrivate(fn func(s span, tracked bool) error) error {
 	var stretches []span
 	for _, a := range areas {
 		if a.untrackable() == "" {
-			stretches = join(stretches, span{a.Range, a.file()})
+			stretches = join(stretches, span{a.Range, a.file(), !a.file() && a.Size() >= t.alone})
 		}
 	}
 	for _, s := range stretches {
 		err := split(s.Range, t.tracked, func(r Range, tracked bool) error {
-			return fn(span{r, s.file}, tracked)
+			return fn(span{r, s.file, s.alone}, tracked)
 		})
 		if err != nil {
 			return err
@@ -153,16 +156,12 @@ func (t *Tracker) scan(ctx context.Context, s span, sel selection, flags uint64,
 			CategoryAnyofMask: populatedAny,
 			ReturnMask:        uapi.PageIsSwapped,
 		}
-		n, err := uapi.PagemapScan(int(t.pagemap.Fd()), &arg, t.vec)
-		if errors.Is(err, unix.EINVAL) && t.guards {
-			t.guards = false // before Linux 6.15
+		n, again, err := t.ask(&arg)
+		if again {
 			continue
 		}
-		if errors.Is(err, unix.ESRCH) || (err != nil && t.spaceEnded()) {
-			return t.goneOrExec()
-		}
 		if err != nil {
-			return fmt.Errorf("PAGEMAP_SCAN from %#x: %w", at, err)
+			return err
 		}
 		for i, region := range t.vec[:n] {
 			if err := t.report(region, fn); err != nil {
@@ -181,6 +180,71 @@ func (t *Tracker) scan(ctx context.Context, s span, sel selection, flags uint64,
 		// leaves in it where it last refilled its own buffer of 512 regions (6.7 to 6.18,
 		// do_pagemap_scan).
 		at = max(arg.WalkEnd, t.vec[n-1].End)
+	}
+	return nil
+}
+
+// ask has the kernel fill t.vec, and tells how many regions it found, or that it does not
+// know guard pages and is to be asked again without them.
+func (t *Tracker) ask(arg *uapi.PmScanArg) (n int, again bool, err error) {
+	n, err = uapi.PagemapScan(int(t.pagemap.Fd()), arg, t.vec)
+	switch {
+	case err == nil:
+		return n, false, nil
+	case errors.Is(err, unix.EINVAL) && t.guards:
+		t.guards = false // before Linux 6.15
+		return 0, true, nil
+	case errors.Is(err, unix.ESRCH) || t.spaceEnded():
+		return 0, false, t.goneOrExec()
+	}
+	return 0, false, fmt.Errorf("PAGEMAP_SCAN from %#x: %w", arg.Start, err)
+}
+
+// scanRest gives fn the clean pages of (a part of) one anonymous mapping that allows
+// asynchronous write protection, by asking for all others. The kernel takes 2 ns for a page
+// that it passes over and 11 for one that it reports, alone or in a range
+// (fs/proc/task_mmu.c, pagemap_scan_output). Unlike scan it takes what is not reported for
+// clean: that the kernel looks at the mapping at all is for the caller to have made sure of,
+// and that it stays mapped.
+func (t *Tracker) scanRest(r Range, fn func(Range) error) error {
+	for at := r.Start; at < r.End; {
+		not := uint64(uapi.PageIsWritten | uapi.PageIsPfnZero)
+		if t.guards {
+			not |= uapi.PageIsGuard
+		}
+		arg := uapi.PmScanArg{
+			Start: at, End: r.End,
+			CategoryInverted:  uapi.PageIsPresent,
+			CategoryAnyofMask: not | uapi.PageIsPresent,
+			ReturnMask:        not | uapi.PageIsPresent | uapi.PageIsSwapped,
+		}
+		n, again, err := t.ask(&arg)
+		if again {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		for _, region := range t.vec[:n] {
+			if region.Start > at {
+				if err := fn(Range{at, region.Start}); err != nil {
+					return err
+				}
+			}
+			// On swap, as it was: clean, too.
+			if region.Categories&not == 0 && region.Categories&uapi.PageIsSwapped != 0 {
+				if err := t.report(region, fn); err != nil {
+					return err
+				}
+			}
+			at = region.End
+		}
+		if n < len(t.vec) {
+			if at < r.End {
+				return fn(Range{at, r.End})
+			}
+			return nil
+		}
 	}
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -194,6 +195,18 @@ func attachTo(t testing.TB, pid int) *Tracker {
 	return tr
 }
 
+// trackedSubject is a subject with one mapping, in slot 0, whose pages have all been
+// written to and taken by its tracker.
+func trackedSubject(t testing.TB, pages int) (*subject, Range, *Tracker) {
+	t.Helper()
+	s := startSubject(t, nil)
+	m := s.mapping(0, pages, "anon")
+	s.do("fill 0 1")
+	tr := s.attach()
+	taken(t, tr, m)
+	return s, m, tr
+}
+
 // pageSet collects what a tracker reports of one range, as page numbers within it.
 type pageSet map[int]bool
 
@@ -224,7 +237,15 @@ func taken(t testing.TB, tr *Tracker, within Range) pageSet {
 
 func clean(t testing.TB, tr *Tracker, within Range) pageSet {
 	t.Helper()
-	return pagesOf(t, within, tr.Clean)
+	asked := func(alone uint64) pageSet {
+		defer func(a uint64) { tr.alone = a }(tr.alone)
+		tr.alone = alone
+		return pagesOf(t, within, tr.Clean)
+	}
+	// What is clean, and what is left when all that is not is taken away.
+	direct, rest := asked(math.MaxUint64), asked(0)
+	expect(t, "Clean, by what is not", rest, direct)
+	return direct
 }
 
 func refresh(t testing.TB, tr *Tracker) int {

@@ -31,7 +31,8 @@ type Tracker struct {
 	untracked []Mapping
 	shared    []Range // see WatchShared
 	vec       []uapi.PageRegion
-	guards    bool // the kernel knows PAGE_IS_GUARD
+	guards    bool   // the kernel knows PAGE_IS_GUARD
+	alone     uint64 // from this size on, in bytes, a mapping is scanned by what is not clean
 }
 
 // Cost is what Attach did to the process.
@@ -59,7 +60,7 @@ func Attach(ctx context.Context, pid int) (*Tracker, error) {
 
 func attach(ctx context.Context, pid int) (_ *Tracker, err error) {
 	begin := time.Now()
-	t := &Tracker{pid: pid, pidfd: -1, uffd: -1, vec: make([]uapi.PageRegion, 4096), guards: true}
+	t := &Tracker{pid: pid, pidfd: -1, uffd: -1, vec: make([]uapi.PageRegion, 4096), guards: true, alone: aloneLeast}
 	defer func() {
 		if err != nil {
 			_ = t.free()
@@ -287,7 +288,7 @@ func (t *Tracker) refresh(ctx context.Context) (int, error) {
 		if a.file() && !a.writable() && !already {
 			// Registering switches fault-around off: a cost for code and constants,
 			// which rarely have a page of their own.
-			private, err := t.hasPrivatePages(span{a.Range, true})
+			private, err := t.hasPrivatePages(span{Range: a.Range, file: true})
 			if err != nil {
 				return added, err
 			}
@@ -298,7 +299,7 @@ func (t *Tracker) refresh(ctx context.Context) (int, error) {
 		}
 		switch err := uapi.UffdRegisterWP(t.uffd, a.Start, a.End); {
 		case err == nil:
-			tracked = join(tracked, span{a.Range, a.file()})
+			tracked = join(tracked, span{Range: a.Range, file: a.file()})
 			if !already {
 				added++
 				if t.tracked != nil {
