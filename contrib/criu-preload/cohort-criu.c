@@ -344,6 +344,14 @@ __attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, 
 	request = (uint32_t)request;
 	if (request != SCAN || !is_dump_scan(scan) || !is_set("COHORT_CRIU_SKIP_CLEAN") || getenv("CRIU_TRACK_SHMEM"))
 		return (int)answer(raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0));
+	/*
+	 * CRIU wants no page of a file, and all pages of shared memory are a file's (fs/proc/task_mmu.c,
+	 * pagemap_page_category). The kernel would look at each of them, in every process that maps it.
+	 */
+	if (is_shared(fd, scan->start, scan->end)) {
+		scan->walk_end = scan->end;
+		return 0;
+	}
 	scan->category_mask |= SCAN_WRITTEN;
 	result = scan_written(fd, scan);
 	scan->category_mask &= ~(uint64_t)SCAN_WRITTEN;

@@ -55,4 +55,7 @@ long scan_written(int fd, struct scan *scan);
 void note_mappings(int socket);
 void keep_noted(int socket);
 
+/* is_shared says whether a range of the process whose pagemap fd is lies in one shared mapping, as far as that is noted. */
+int is_shared(int fd, uint64_t start, uint64_t end);
+
 #endif

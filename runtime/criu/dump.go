@@ -50,6 +50,8 @@ type Config struct {
 	// SkipTmpfs leaves the images of the tmpfs mounts that CRIU would archive empty
 	// where CRIU obeys (contrib/criu-preload): the caller fills them. See runtime/tmpfs.
 	SkipTmpfs bool
+	// YieldCPU has CRIU leave one of its processors to others.
+	YieldCPU bool
 	// InMemory keeps the images in memory until [Dump.Save]. It is for dumps whose
 	// pages are few: making a file costs several times less there.
 	InMemory bool
@@ -221,6 +223,9 @@ func (d *Dump) Finish(ctx context.Context, grace time.Duration, before, atPostDu
 	})
 	defer stop()
 	hurry(d.Pid())
+	if d.cfg.YieldCPU {
+		yieldCPU(d.Pid())
+	}
 	if err := let(); err != nil {
 		return d.explain(fmt.Errorf("let CRIU go: %w", err))
 	}
@@ -238,6 +243,9 @@ func (d *Dump) Finish(ctx context.Context, grace time.Duration, before, atPostDu
 		}
 		if resp.GetType() != rpc.CriuReqType_NOTIFY {
 			done = hookErr == nil
+			if done {
+				calm(d.Pid()) // the container is to run, not the end of CRIU
+			}
 			return hookErr
 		}
 		if resp.GetNotify().GetScript() == "post-dump" {

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/cohort-project/cohort/runtime/criu/criutest"
 	"github.com/cohort-project/cohort/runtime/memory/engine"
 	"github.com/cohort-project/cohort/runtime/memory/pages"
 )
@@ -262,31 +263,6 @@ func (m *mutator) kill() {
 	}
 }
 
-// softDirtyCRIU makes a CRIU that sees write protection as soft-dirty bits
-// (testdata/softdirty.c), and the one to be used.
-func softDirtyCRIU(t *testing.T) {
-	t.Helper()
-	dir := t.TempDir()
-	library := filepath.Join(dir, "softdirty.so")
-	gcc(t, "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", "-nostdlib", "-fno-builtin", "-fno-stack-protector",
-		"-fno-tree-loop-distribute-patterns", "-Wl,-z,now", "-o", library, "testdata/softdirty.c")
-	path, err := exec.LookPath("criu")
-	must(t, err)
-	path, err = filepath.EvalSymlinks(path)
-	must(t, err)
-	script, err := os.ReadFile(path)
-	must(t, err)
-	preload := regexp.MustCompile(`--preload "([^"]+)"`)
-	if !preload.Match(script) {
-		missing(t, "a criu that contrib/setup has made")
-	}
-	text := preload.ReplaceAllString(string(script), `--preload "`+library+` $1"`)
-	text = strings.Replace(text, "self=$0", "self="+path, 1)
-	wrapper := filepath.Join(dir, "criu")
-	must(t, os.WriteFile(wrapper, []byte(text), 0o700))
-	t.Setenv("COHORT_CRIU", wrapper)
-}
-
 // plain expects what package oci expects of images: files of CRIU's names, and
 // directories called parent.
 func plain(t *testing.T, images string) {
@@ -309,7 +285,7 @@ func plain(t *testing.T, images string) {
 func TestAProcessCopiedByPreDumpsIsRestoredByPlainCRIU(t *testing.T) {
 	needRoot(t, "gcc", "criu")
 	const size, steps, rounds = 6000, 10, 3
-	softDirtyCRIU(t)
+	t.Setenv("COHORT_CRIU", criutest.SoftDirty(t, func(what string) { missing(t, what) }))
 	m := startMutator(t, size, steps)
 	root, none := t.TempDir(), t.TempDir()
 	images, work := filepath.Join(root, "checkpoint"), filepath.Join(root, "work")

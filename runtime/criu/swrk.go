@@ -156,7 +156,7 @@ func (s *swrk) kill() {
 	}
 }
 
-// hurry has a process run before others for the rest of its life, where that is allowed:
+// hurry has a process run before others until calm, where that is allowed:
 // on a busy host they would run in the time that a container stands still. The lowest of the real-time
 // priorities is asked for, since a nice value counts within a session only (sched(7),
 // autogroup) or a cgroup. The kernel leaves others a twentieth of the time whatever happens.
@@ -164,6 +164,27 @@ func hurry(pid int) {
 	if unix.SchedSetAttr(pid, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_RR, Priority: 1}, 0) != nil {
 		_ = unix.Setpriority(unix.PRIO_PROCESS, pid, -20) // without either it is one among many
 	}
+}
+
+// calm ends what hurry began.
+func calm(pid int) {
+	_ = unix.SchedSetAttr(pid, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_NORMAL, Nice: 19}, 0)
+}
+
+// yieldCPU takes the last of its processors from a process that has several; where that is
+// not allowed it keeps it.
+func yieldCPU(pid int) {
+	var set unix.CPUSet
+	if unix.SchedGetaffinity(pid, &set) != nil || set.Count() < 2 {
+		return
+	}
+	for cpu := len(set)*64 - 1; cpu >= 0; cpu-- {
+		if set.IsSet(cpu) {
+			set.Clear(cpu)
+			break
+		}
+	}
+	_ = unix.SchedSetaffinity(pid, &set)
 }
 
 // Version asks CRIU for its version: major*10000 + minor*100 + sublevel. The
