@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"time"
 )
 
@@ -33,6 +34,7 @@ func Run(ctx context.Context, cfg Config, members []Member, export func(context.
 	r := newRun(cfg.withDefaults(), members)
 	guarded := r.holdLeases(ctx)
 	defer r.dropLeases()
+	defer func() { r.calm() }()
 
 	var err error
 	switch {
@@ -63,7 +65,9 @@ func (r *run) live(ctx, guarded context.Context, export func(context.Context) er
 		}
 		return r.insist(ctx, PhaseRelease, r.cfg.Limits.Release, r.resume)
 	}
-	if err := r.phase(guarded, PhaseRelease, resume); err != nil {
+	err := r.phase(guarded, PhaseRelease, resume)
+	r.calm()
+	if err != nil {
 		return r.abort(ctx, err)
 	}
 	return r.sealAndExport(ctx, guarded, export)
@@ -84,7 +88,9 @@ func (r *run) sealAndExport(ctx, guarded context.Context, export func(context.Co
 
 // stopping is the epoch of a group that ends in the barrier.
 func (r *run) stopping(ctx, guarded context.Context, export func(context.Context) error) error {
-	if err := r.toCapture(guarded); err != nil {
+	err := r.toCapture(guarded)
+	r.calm()
+	if err != nil {
 		return r.abort(ctx, err)
 	}
 	// A member could have given up since its lease was last renewed; it would
@@ -155,6 +161,10 @@ func (r *run) oneByOne(ctx, guarded context.Context, export func(context.Context
 func (r *run) toCapture(ctx context.Context) error {
 	if err := r.phase(ctx, PhasePrepare, r.prepareAll); err != nil {
 		return err
+	}
+	r.calm = sync.OnceFunc(r.cfg.Hurry())
+	if r.cfg.Lead > 0 {
+		r.freezeAt = monotonic() + int64(r.cfg.Lead)
 	}
 	if err := r.phase(ctx, PhaseFreeze, r.all(PhaseFreeze, r.cfg.Limits.Freeze, r.freeze)); err != nil {
 		return err

@@ -25,6 +25,7 @@ type script struct {
 	// during is called in a call.
 	during map[string]func()
 	began  time.Time
+	told   []int64 // when to freeze
 }
 
 type scripted struct {
@@ -74,7 +75,10 @@ func (m scripted) Seal(c context.Context, _ string) error    { return m.call(c, 
 func (m scripted) Finish(c context.Context, _ string) error  { return m.call(c, "Finish") }
 func (m scripted) Abort(c context.Context, _ string) error   { return m.call(c, "Abort") }
 func (m scripted) Renew(c context.Context, _ string) error   { return m.call(c, "Renew") }
-func (m scripted) Freeze(c context.Context, _ string) (int64, int64, error) {
+func (m scripted) Freeze(c context.Context, _ string, at int64) (int64, int64, error) {
+	m.s.mu.Lock()
+	m.s.told = append(m.s.told, at)
+	m.s.mu.Unlock()
 	asked := m.now()
 	err := m.call(c, "Freeze")
 	return asked, m.now(), err
@@ -441,5 +445,72 @@ func TestWrongConfigurationIsRefused(t *testing.T) {
 	}
 	if len(s.calls) > 0 {
 		t.Errorf("called %v", s.calls)
+	}
+}
+
+// The coordinator runs before others from before the first member freezes until the last
+// one runs, or until it is known that nobody will, and not in what is slow.
+func TestCoordinatorIsInAHurryWhileMembersStand(t *testing.T) {
+	for _, c := range []struct {
+		name string
+		stop bool
+		fail map[string]error
+		in   string
+	}{
+		{"live", false, nil, "Freeze Lock Capture Unlock Resume"},
+		{"stopped", true, nil, "Freeze Lock Capture"},
+		{"failed to prepare", false, map[string]error{"Prepare m1": errors.New("no")}, ""},
+		{"failed to freeze", false, map[string]error{"Freeze m1": errors.New("no")}, "Freeze"},
+		{"failed to capture", false, map[string]error{"Capture m0": errors.New("no")}, "Freeze Lock Capture"},
+		{"failed to capture, to be stopped", true, map[string]error{"Capture m0": errors.New("no")}, "Freeze Lock Capture"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var mu sync.Mutex
+			held, raised := 0, 0
+			var in []string
+			s := &script{fail: c.fail, during: map[string]func(){}}
+			for _, name := range []string{"Prepare", "Freeze", "Lock", "Capture", "Unlock", "Resume", "Stop", "Seal", "Finish"} {
+				s.during[name+" m0"] = func() {
+					mu.Lock()
+					defer mu.Unlock()
+					if held > 0 {
+						in = append(in, name)
+					}
+				}
+			}
+			_, err := s.run(t.Context(), 2, Config{Attempts: 1, Epoch: Epoch{Stop: c.stop}, Hurry: func() func() {
+				mu.Lock()
+				defer mu.Unlock()
+				held++
+				raised++
+				return func() {
+					mu.Lock()
+					defer mu.Unlock()
+					held--
+				}
+			}})
+			if (err != nil) != (c.fail != nil) {
+				t.Errorf("ended with %v", err)
+			}
+			if got := strings.Join(in, " "); got != c.in || held != 0 || raised > 1 {
+				t.Errorf("in a hurry in %q, want %q; still %d, raised %d times", got, c.in, held, raised)
+			}
+		})
+	}
+}
+
+func TestAllMembersAreToldTheSameTimeToFreeze(t *testing.T) {
+	for _, lead := range []time.Duration{0, 60 * time.Millisecond} {
+		s := &script{}
+		before := monotonic()
+		if _, err := s.run(t.Context(), 4, Config{Lead: lead}); err != nil {
+			t.Fatal(err)
+		}
+		if len(s.told) != 4 || slices.Max(s.told) != slices.Min(s.told) {
+			t.Errorf("lead %s: told %v", lead, s.told)
+		}
+		if at := s.told[0]; lead == 0 && at != 0 || lead > 0 && (at < before+int64(lead) || at > monotonic()+int64(lead)) {
+			t.Errorf("lead %s: told %d at %d", lead, at, before)
+		}
 	}
 }

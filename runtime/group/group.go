@@ -29,9 +29,10 @@ type Member interface {
 	ID() string
 	// Prepare opens the epoch and does all that can be done while running.
 	Prepare(context.Context, Epoch) error
-	// Freeze returns once every task is frozen: when it was asked to, and when
-	// the last task stood.
-	Freeze(ctx context.Context, epoch string) (askedNs, frozenNs int64, err error)
+	// Freeze freezes at the given time, or if that is 0 or has passed when it
+	// likes, and returns once every task is frozen: when it was asked to, and when the last
+	// task stood.
+	Freeze(ctx context.Context, epoch string, atNs int64) (askedNs, frozenNs int64, err error)
 	// Lock puts up the communication rules.
 	Lock(ctx context.Context, epoch string) error
 	// Capture saves the frozen container, not yet durably.
@@ -103,6 +104,14 @@ type Config struct {
 	Attempts int
 	// Observer is told of the phases; may be nil.
 	Observer Observer
+	// Lead is from the call of Freeze to the time that all members are to freeze at; 0
+	// leaves the time to each of them. However late its call reaches a member within
+	// Lead, it freezes with the others.
+	Lead time.Duration
+	// Hurry has this process run before others until the function that it returns is
+	// called; may be nil. Run asks for it while members stand still and what it does itself
+	// lies between two calls to them: on a busy host others would run then.
+	Hurry func() (calm func())
 	// NoBarrier is a test hook, the negative control of consistency tests: each
 	// member is frozen, captured and resumed on its own, one after the other, so
 	// there is no instant at which all stand. No released command sets it.
@@ -185,6 +194,9 @@ func (c Config) withDefaults() Config {
 	set(&c.Limits.Abort, 10*time.Second)
 	if c.Attempts <= 0 {
 		c.Attempts = 4
+	}
+	if c.Hurry == nil {
+		c.Hurry = func() func() { return func() {} }
 	}
 	return c
 }

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 )
 
 // retryPause is the pause before the first repeat of a call; it doubles.
@@ -27,7 +28,11 @@ type run struct {
 	prepared []atomic.Bool
 	// dropLeases ends the renewals; it may be called again.
 	dropLeases func()
-	result     Result
+	// freezeAt is when all members are to freeze; 0 where each does when it likes.
+	freezeAt int64
+	// calm ends what Config.Hurry began; it may be called again.
+	calm   func()
+	result Result
 }
 
 // stamps are one member's own times, CLOCK_MONOTONIC ns; zero if not known.
@@ -41,6 +46,7 @@ func newRun(cfg Config, members []Member) *run {
 		cfg: cfg, members: members,
 		stamps:   make([]stamps, len(members)),
 		prepared: make([]atomic.Bool, len(members)),
+		calm:     func() {},
 		result:   Result{PhasesMS: map[string]float64{}},
 	}
 }
@@ -52,7 +58,7 @@ func (r *run) prepare(ctx context.Context, m int) error {
 }
 
 func (r *run) freeze(ctx context.Context, m int) error {
-	asked, frozen, err := r.members[m].Freeze(ctx, r.cfg.Epoch.ID)
+	asked, frozen, err := r.members[m].Freeze(ctx, r.cfg.Epoch.ID, r.freezeAt)
 	r.stamps[m].asked, r.stamps[m].frozen = asked, frozen
 	return err
 }
@@ -255,4 +261,11 @@ func (r *run) measured() Result {
 		r.result.SkewMS = float64(last-first) / ms
 	}
 	return r.result
+}
+
+// monotonic is the clock of all times that members are told and tell.
+func monotonic() int64 {
+	var ts unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
+	return ts.Nano()
 }

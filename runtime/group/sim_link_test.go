@@ -130,7 +130,7 @@ func (l *simLink) ID() string { return l.m.id }
 
 func (l *simLink) Prepare(ctx context.Context, _ Epoch) error { return l.tell(ctx, "Prepare") }
 
-func (l *simLink) Freeze(ctx context.Context, _ string) (asked, frozen int64, err error) {
+func (l *simLink) Freeze(ctx context.Context, _ string, _ int64) (asked, frozen int64, err error) {
 	asked = int64(l.m.w.now())
 	data, err := l.call(ctx, "Freeze")
 	return asked, stamp(data), err
