@@ -17,6 +17,8 @@
 //   - A pass that fails is tried again at the next multiple, then after twice as long,
 //     and so on up to [MaxPause]; the first success ends that. Nothing but
 //     [Keeper.Remove] ends a schedule: a group that is not there may come back.
+//   - A schedule that is removed leaves nothing in the members: the tracking of their
+//     writes, which each pass keeps for the next, is ended.
 //   - When the context of [Keeper.Run] ends, passes are cancelled, and the next keeper
 //     takes them up first.
 //   - A keeper that was killed in a pass is seen by the next one, which counts the pass

@@ -24,6 +24,8 @@ const (
 	// passTimeout bounds one pass; what it waits for has bounds of its own, except
 	// the writing of large images.
 	passTimeout = 30 * time.Minute
+	// endTimeout bounds the calls that end a removed schedule's tracking.
+	endTimeout = 10 * time.Second
 	// maxError bounds what is kept of an error, in bytes.
 	maxError = 4096
 )
@@ -54,6 +56,7 @@ type entry struct {
 	removed   bool
 	stop      context.CancelFunc // nil until there is a worker
 	done      chan struct{}
+	tracking  error // why it may go on though the entry was removed; set before done
 }
 
 // New takes up the schedules in dir, which is made if need be. bad tells of files
@@ -106,7 +109,25 @@ func (k *Keeper) start(e *entry) {
 		defer close(e.done)
 		defer stop()
 		k.work(ctx, e)
+		k.mu.Lock()
+		removed := e.removed
+		k.mu.Unlock()
+		if removed {
+			e.tracking = k.endTracking(ctx, e)
+		}
 	})
+}
+
+// endTracking has the members of a removed schedule stop what they do for its next
+// pass. They would by themselves, but only after a time in which no pass comes.
+func (k *Keeper) endTracking(ctx context.Context, e *entry) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), endTimeout)
+	defer cancel()
+	err := k.runner.EndTracking(ctx, e.rec.Spec)
+	if err != nil {
+		return fmt.Errorf("the schedule of group %s is removed, but the writes of its members may still be tracked, for an hour at the most: %w", e.rec.Key(), err)
+	}
+	return nil
 }
 
 // Set makes or replaces a schedule; it is on disk then, and its first pass begins.
@@ -158,7 +179,8 @@ func (k *Keeper) Set(ctx context.Context, s Spec) (Status, error) {
 }
 
 // Remove ends a schedule, and returns when its pass has been undone, if one was
-// under way. It does not come back, also where ctx ends first. NotFound if there is none.
+// under way, and its members are not tracked any more. It does not come back, also
+// where ctx ends first, or members cannot be reached. NotFound if there is none.
 func (k *Keeper) Remove(ctx context.Context, key Key) error {
 	k.mu.Lock()
 	e := k.entries[key]
@@ -174,7 +196,7 @@ func (k *Keeper) Remove(ctx context.Context, key Key) error {
 	if e.stop == nil {
 		k.forget(e)
 		k.mu.Unlock()
-		return nil
+		return k.endTracking(ctx, e)
 	}
 	e.stop()
 	k.mu.Unlock()
@@ -186,7 +208,7 @@ func (k *Keeper) Remove(ctx context.Context, key Key) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.forget(e)
-	return nil
+	return e.tracking
 }
 
 // forget takes a removed entry off the list. The lock is held.

@@ -38,6 +38,9 @@ type world struct {
 	failsRM  error
 	number   uint64
 	cutShort int
+	// untracked are the groups whose tracking was ended; failsEnd is why it is not.
+	untracked []Key
+	failsEnd  error
 }
 
 func init() { _ = log.SetLevel("fatal") }
@@ -108,6 +111,19 @@ func (w *world) Prune(context.Context, Spec) error {
 	defer w.mu.Unlock()
 	w.pruned++
 	return w.failsRM
+}
+
+func (w *world) EndTracking(ctx context.Context, s Spec) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if ctx.Err() != nil {
+		w.Errorf("called with a context that has ended: %v", ctx.Err())
+	}
+	if w.open[s.Key()] > 0 {
+		w.Error("the tracking is ended while a pass goes on, which may begin another")
+	}
+	w.untracked = append(w.untracked, s.Key())
+	return w.failsEnd
 }
 
 func (w *world) set(every time.Duration) {
@@ -313,6 +329,65 @@ func TestRemoveEndsAPassUnderWayAndTheScheduleForGood(t *testing.T) {
 		w.end()
 		w.boot()
 		w.after(time.Hour, 0)
+	})
+}
+
+func TestRemoveEndsTheTrackingThatPassesKept(t *testing.T) {
+	for name, takes := range map[string]time.Duration{"between passes": 0, "in a pass": 20 * time.Second} {
+		t.Run(name, func(t *testing.T) {
+			simulate(t, func(w *world) {
+				w.takes = takes
+				w.set(time.Minute)
+				w.after(10*time.Second, 0)
+				if len(w.untracked) != 0 {
+					w.Errorf("ended before: %v", w.untracked)
+				}
+				if err := w.k.Remove(w.Context(), spec(0).Key()); err != nil || !slices.Equal(w.untracked, []Key{spec(0).Key()}) {
+					w.Errorf("ended: %v, %v", w.untracked, err)
+				}
+			})
+		})
+	}
+	t.Run("before the keeper runs", func(t *testing.T) {
+		simulate(t, func(w *world) {
+			w.set(time.Minute)
+			w.after(time.Second, 0)
+			w.end()
+			k, bad, err := New(w.dir, w)
+			if err != nil || bad != nil {
+				w.Fatal(err, bad)
+			}
+			if err := k.Remove(w.Context(), spec(0).Key()); err != nil || len(w.untracked) != 1 {
+				w.Errorf("ended: %v, %v", w.untracked, err)
+			}
+		})
+	})
+}
+
+func TestTheEndOfTheDaemonLeavesTheTrackingToTheNext(t *testing.T) {
+	simulate(t, func(w *world) {
+		w.set(time.Minute)
+		w.after(10*time.Second, 0)
+		w.end()
+		if len(w.untracked) != 0 {
+			w.Errorf("ended: %v", w.untracked)
+		}
+	})
+}
+
+func TestTrackingThatMayGoOnAfterARemoveIsTold(t *testing.T) {
+	simulate(t, func(w *world) {
+		w.failsEnd = errors.New("no containerd")
+		w.set(time.Minute)
+		w.after(10*time.Second, 0)
+		err := w.k.Remove(w.Context(), spec(0).Key())
+		if !errors.Is(err, w.failsEnd) || !strings.Contains(err.Error(), "is removed, but") {
+			w.Errorf("%v", err)
+		}
+		w.after(time.Hour, 0)
+		if n := len(w.k.List("")); n != 0 {
+			w.Errorf("%d schedules are left", n)
+		}
 	})
 }
 

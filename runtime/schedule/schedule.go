@@ -13,6 +13,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/cohort-project/cohort/oci"
+	"github.com/cohort-project/cohort/oci/names"
 )
 
 // Bounds on what can be asked for.
@@ -68,7 +69,7 @@ func (s *Spec) check() error {
 	if !strings.HasPrefix(strings.TrimPrefix(s.Address, "unix://"), "/") {
 		return wrong("containerd's address %q: give the absolute path of its socket", s.Address)
 	}
-	ref, err := oci.NormalizeRef(s.Ref)
+	ref, err := names.NormalizeRef(s.Ref)
 	if err != nil {
 		return err
 	}
@@ -132,6 +133,8 @@ type Runner interface {
 	Checkpoint(ctx context.Context, s Spec) (Epoch, error)
 	// Prune removes the schedule's epochs but for the newest s.Keep.
 	Prune(ctx context.Context, s Spec) error
+	// EndTracking ends what the last pass left in the members for a next one.
+	EndTracking(ctx context.Context, s Spec) error
 }
 
 // due is when the next pass begins. A clock that was set back does not put it

@@ -57,6 +57,8 @@ func Epoch(ctx context.Context, dir string, e *journal.Epoch) error {
 	return journal.RemoveEpoch(dir, e.Namespace, e.ID)
 }
 
+// carryOut undoes one step. A cgroup or namespace that is gone is no error to those
+// that are asked: it took with it what is owed.
 func carryOut(ctx context.Context, e *journal.Epoch, step group.Step) error {
 	switch step {
 	case group.EndDump:
@@ -76,16 +78,16 @@ func carryOut(ctx context.Context, e *journal.Epoch, step group.Step) error {
 	case group.Kill:
 		// After a reboot the path may be another container's.
 		if e.Freezer != "" && e.Init.Alive() {
-			return ignoreGone(freezer.KillPath(ctx, e.Freezer))
+			return freezer.KillPath(ctx, e.Freezer)
 		}
 	case group.Thaw:
 		if e.Freezer != "" {
-			return ignoreGone(freezer.ThawPath(ctx, e.Freezer))
+			return freezer.ThawPath(ctx, e.Freezer)
 		}
 	case group.RemoveRules, group.StopTracking:
 		// The (empty) table is made before the rules are needed.
 		if e.Netns != "" {
-			return ignoreGone(netlock.RemoveStale(e.Netns, e.Table))
+			return netlock.RemoveStale(e.Netns, e.Table)
 		}
 	case group.Discard:
 		if e.Capture != "" {
@@ -98,13 +100,6 @@ func carryOut(ctx context.Context, e *journal.Epoch, step group.Step) error {
 		}
 	}
 	return nil
-}
-
-func ignoreGone(err error) error {
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	return err
 }
 
 // Discard has cohortd, at its Storage socket, discard a capture; dial bounds the
@@ -172,7 +167,7 @@ func Sweep(ctx context.Context, dir string) {
 // namespace that a container has goes with the container.
 func restore(dir string, r *journal.Restore, members []*journal.Member) error {
 	for _, path := range r.Netns {
-		if err := ignoreGone(netlock.RemoveStale(path, r.Table)); err != nil {
+		if err := netlock.RemoveStale(path, r.Table); err != nil {
 			return fmt.Errorf("undo a restore whose command has gone: %w", err)
 		}
 		taken := func(m *journal.Member) bool { return m.Netns == path && m.Shim.Alive() }

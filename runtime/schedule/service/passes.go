@@ -53,3 +53,13 @@ func (Passes) Prune(ctx context.Context, s schedule.Spec) error {
 	_, err = h.PruneNumbered(h.Context(ctx), s.Group, s.Ref, s.Keep)
 	return err
 }
+
+// EndTracking implements schedule.Runner.
+func (Passes) EndTracking(ctx context.Context, s schedule.Spec) error {
+	h, err := ops.Open(s.Address, s.Namespace)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	return h.EndTracking(h.Context(ctx), s.Group)
+}

@@ -31,6 +31,8 @@ func (r runner) Checkpoint(_ context.Context, s schedule.Spec) (schedule.Epoch, 
 
 func (r runner) Prune(context.Context, schedule.Spec) error { return nil }
 
+func (r runner) EndTracking(context.Context, schedule.Spec) error { return nil }
+
 func TestWhatIsSetIsListedAndMeasuredAndRemoved(t *testing.T) {
 	r := runner{make(chan string)}
 	k, bad, err := schedule.New(filepath.Join(t.TempDir(), "schedules"), r)
