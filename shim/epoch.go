@@ -74,7 +74,7 @@ type acts struct {
 
 	processes []*memberAPI.Process
 	frozenAt  time.Time
-	urgent    func() // ends the shim's priority while the container is frozen
+	hurry     *urgent.Hurry // from the end of prepare until the container runs again
 	gated     bool
 	killed    bool
 	parts     map[string]int64
@@ -177,7 +177,7 @@ func (a *acts) prepare(ctx context.Context, pid int) error {
 	if a.dump, err = criu.Start(ctx, criu.Config{
 		Container: a.runc, ImagesDir: images, WorkDir: a.checkpointDir(), FreezeCgroup: a.fz.Path(), External: external,
 		SkipClean: a.memory.session != nil, SkipShared: a.memory.skipShared(), PreDumped: a.memory.soft != nil,
-		SkipTmpfs: len(a.inside) > 0, InMemory: a.memory.isSmall(),
+		SkipTmpfs: len(a.inside) > 0, InMemory: a.memory.isSmall(), YieldCPU: a.req.YieldCpu,
 	}); err != nil {
 		return err
 	}
@@ -187,6 +187,9 @@ func (a *acts) prepare(ctx context.Context, pid int) error {
 	if err := a.persist(); err != nil {
 		return err
 	}
+	if pids, err := a.fz.Tasks(); err == nil {
+		criu.Warm(pids)
+	}
 	select {
 	case err = <-flushed:
 	case <-ctx.Done():
@@ -195,12 +198,16 @@ func (a *acts) prepare(ctx context.Context, pid int) error {
 	if err != nil {
 		return fmt.Errorf("write back the memory copied so far: %w", err)
 	}
+	if err := a.memory.catchUp(ctx); err != nil {
+		return fmt.Errorf("copy what container %s wrote meanwhile: %w", c.id, err)
+	}
 	// From here on nothing is started in the container or done to its cgroup
 	// until it runs again.
 	if err := c.gate.Acquire(ctx, gateWidth); err != nil {
 		return fmt.Errorf("wait for calls going on in container %s: %w", c.id, err)
 	}
 	a.gated = true
+	a.hurry = urgent.Approach()
 	a.memory.keepWarm()
 	return nil
 }
@@ -309,11 +316,23 @@ func (a *acts) lease() time.Duration {
 	return defaultLease
 }
 
-// freeze freezes the container's own cgroup.
-func (a *acts) freeze(ctx context.Context) (asked, frozen int64, err error) {
-	a.memory.sprint(ctx)
-	a.calm()
-	a.urgent = urgent.Raise()
+// poised is how long before the time to freeze at the shim does nothing but wait for it,
+// before all others, so that the members freeze together on a busy host as well.
+const poised = 2 * time.Millisecond
+
+// freeze freezes the container's own cgroup at the given time, CLOCK_MONOTONIC in
+// nanoseconds.
+func (a *acts) freeze(ctx context.Context, at int64) (asked, frozen int64, err error) {
+	left := time.Duration(at - monotonic())
+	if left <= 0 || left > longestSprint {
+		left = sprintTime
+	}
+	until := time.Now().Add(left)
+	ready := a.readyStorage(ctx, left)
+	a.memory.sprint(ctx, time.Until(until)-poised)
+	ready()
+	a.hurry.Raise()
+	time.Sleep(time.Until(until))
 	asked, frozen, err = a.fz.Freeze(ctx)
 	a.frozenAt = time.Now()
 	return asked, frozen, err
@@ -353,7 +372,7 @@ func (a *acts) capture(ctx context.Context) error {
 	})
 	beside.Go(func() error { return a.timed("tmpfs", a.archiveTmpfs) })
 	scan := func() error {
-		if err := a.timed("scan", a.memory.scan); err != nil {
+		if err := a.timed("scan", func() error { return a.memory.scan(ctx) }); err != nil {
 			return err
 		}
 		eg.Go(func() error { return a.timed("pages", func() error { return a.memory.complete(ctx) }) })
@@ -383,6 +402,19 @@ func (a *acts) capture(ctx context.Context) error {
 	return errors.Join(eg.Wait(), beside.Wait())
 }
 
+// readyStorage has the capture follow the container's files until the function that it
+// returns is called.
+func (a *acts) readyStorage(ctx context.Context, limit time.Duration) func() {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	go func() {
+		_, err := a.storage.Ready(ctx, &storageAPI.CaptureRequest{Id: a.rec.Capture})
+		if err != nil && ctx.Err() == nil {
+			log.G(ctx).WithError(err).WithField("id", a.c.id).Info("storage is taken in more time than it needs")
+		}
+	}()
+	return cancel
+}
+
 func (a *acts) takeStorage(ctx context.Context) error {
 	return a.timed("storage", func() error {
 		_, err := a.storage.Take(ctx, &storageAPI.CaptureRequest{Id: a.rec.Capture})
@@ -391,11 +423,7 @@ func (a *acts) takeStorage(ctx context.Context) error {
 }
 
 // calm ends what freeze began; it may be called again.
-func (a *acts) calm() {
-	if a.urgent != nil {
-		a.urgent()
-	}
-}
+func (a *acts) calm() { a.hurry.End() }
 
 // resume thaws the container.
 func (a *acts) resume(ctx context.Context) (int64, error) {

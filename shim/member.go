@@ -51,7 +51,7 @@ func (s memberService) Prepare(ctx context.Context, r *memberAPI.PrepareRequest)
 			return nil, fmt.Errorf("container %s is %s, not running: %w", c.id, task.Status_name[int32(st.Status)], errdefs.ErrFailedPrecondition)
 		}
 		a := c.newActs(r)
-		if err := a.prepare(ctx, int(st.Pid)); err != nil {
+		if err := a.prepare(a.paced(ctx), int(st.Pid)); err != nil {
 			return nil, errors.Join(err, a.undoPrepare(context.WithoutCancel(ctx)))
 		}
 		in, err := s.Inspect(ctx, &memberAPI.InspectRequest{Id: c.id})
@@ -64,10 +64,10 @@ func (s memberService) Prepare(ctx context.Context, r *memberAPI.PrepareRequest)
 }
 
 // Freeze implements the Member service.
-func (s memberService) Freeze(ctx context.Context, r *memberAPI.EpochRequest) (*memberAPI.FreezeResponse, error) {
+func (s memberService) Freeze(ctx context.Context, r *memberAPI.FreezeRequest) (*memberAPI.FreezeResponse, error) {
 	resp := &memberAPI.FreezeResponse{}
-	return resp, s.do(ctx, r, group.Frozen, resp, func(ctx context.Context, a *acts) (proto.Message, error) {
-		asked, frozen, err := a.freeze(ctx)
+	return resp, s.do(ctx, &memberAPI.EpochRequest{Id: r.Id, Epoch: r.Epoch}, group.Frozen, resp, func(ctx context.Context, a *acts) (proto.Message, error) {
+		asked, frozen, err := a.freeze(ctx, r.AtNs)
 		return &memberAPI.FreezeResponse{AskedNs: asked, FrozenNs: frozen}, err
 	})
 }
@@ -122,7 +122,7 @@ func (s memberService) Resume(ctx context.Context, r *memberAPI.ResumeRequest) (
 func (s memberService) Seal(ctx context.Context, r *memberAPI.EpochRequest) (*memberAPI.SealResponse, error) {
 	resp := &memberAPI.SealResponse{}
 	return resp, s.do(ctx, r, group.Sealed, resp, func(ctx context.Context, a *acts) (proto.Message, error) {
-		return a.seal(ctx)
+		return a.seal(a.paced(ctx))
 	})
 }
 

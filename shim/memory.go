@@ -33,9 +33,12 @@ const (
 	incrementContent  = "content"
 )
 
-// sprintTime is how long all members of a group copy without a pause before
-// they freeze: the same for all of them, so that they freeze together.
+// sprintTime is how long a member copies without a pause before it freezes, where
+// the coordinator has named no time at which all members do.
 const sprintTime = 50 * time.Millisecond
+
+// longestSprint bounds what a coordinator can ask for.
+const longestSprint = time.Second
 
 // memory takes a container's memory: by pre-copy, or by leaving it all to CRIU.
 type memory struct {
@@ -133,6 +136,14 @@ func (m *memory) skipShared() string {
 // in memory until the container runs again.
 func (m *memory) isSmall() bool { return m.session != nil && m.session.Stats().Untracked == 0 }
 
+// catchUp copies what was written since startMemory, when nothing else is left to prepare.
+func (m *memory) catchUp(ctx context.Context) error {
+	if m.session == nil {
+		return nil
+	}
+	return m.session.CatchUp(ctx)
+}
+
 func (m *memory) keepWarm() {
 	if m.session != nil {
 		m.session.KeepWarm()
@@ -140,14 +151,14 @@ func (m *memory) keepWarm() {
 }
 
 // sprint comes right before the freeze.
-func (m *memory) sprint(ctx context.Context) {
+func (m *memory) sprint(ctx context.Context, d time.Duration) {
 	if m.session != nil {
-		m.session.Sprint(ctx, sprintTime)
+		m.session.Sprint(ctx, d)
 		return
 	}
 	select {
 	case <-ctx.Done():
-	case <-time.After(sprintTime):
+	case <-time.After(d):
 	}
 }
 
@@ -160,12 +171,13 @@ func (m *memory) rearm(ctx context.Context) error {
 	return m.session.Rearm(ctx)
 }
 
-// scan notes what is good of the copies; the container is frozen, CRIU has not begun.
-func (m *memory) scan() error {
+// scan copies what is left and notes what is good of the copies; the container is frozen,
+// CRIU has not touched it.
+func (m *memory) scan(ctx context.Context) error {
 	if m.session == nil {
 		return nil
 	}
-	return m.session.Scan()
+	return m.session.Scan(ctx)
 }
 
 // complete copies what is missing; the container is frozen, CRIU may be at work.
@@ -213,8 +225,8 @@ func (m *memory) compose(ctx context.Context, images string) (_ *composed, err e
 		out.Engine, out.Rounds, out.CopiedBytes, out.End, out.Untracked = engineWP, uint32(p.Rounds), p.CopiedBytes, p.End, uint32(p.Untracked)
 		done.bytes += (st.ParentPages + st.InheritedPages) * pageSize
 		// What shared memory was held in the barrier is composed like what was copied before.
-		out.BarrierBytes += p.Shared.Held
-		out.PrecopiedBytes = st.ParentPages*pageSize - p.Shared.Held
+		out.BarrierBytes += p.Shared.Held + p.BarrierBytes
+		out.PrecopiedBytes = st.ParentPages*pageSize - min(p.Shared.Held+p.BarrierBytes, st.ParentPages*pageSize)
 		out.SharedPrecopiedBytes, out.SharedBarrierBytes, out.SharedWhy = p.Shared.Precopied, p.Shared.Held+p.Shared.Criu, p.Shared.Why
 	}
 	if m.soft != nil {

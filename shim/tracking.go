@@ -3,10 +3,12 @@
 package shim
 
 import (
+	"context"
 	"time"
 
 	"github.com/containerd/log"
 
+	memberAPI "github.com/cohort-project/cohort/api/member/v1"
 	"github.com/cohort-project/cohort/runtime/memory/precopy"
 )
 
@@ -65,6 +67,16 @@ func (c *container) dropKept(epoch string) {
 	}
 	c.keptMu.Unlock()
 	k.close(c.id)
+}
+
+// EndTracking implements the Member service.
+func (s memberService) EndTracking(_ context.Context, r *memberAPI.EndTrackingRequest) (*memberAPI.EndTrackingResponse, error) {
+	c, err := s.get(r.Id)
+	if err != nil {
+		return nil, err
+	}
+	c.dropKept("")
+	return &memberAPI.EndTrackingResponse{}, nil
 }
 
 // trackedEpoch is the epoch since whose cut writes are known, or empty.

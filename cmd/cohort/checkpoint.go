@@ -12,11 +12,13 @@ import (
 
 	"github.com/cohort-project/cohort/runtime/group"
 	"github.com/cohort-project/cohort/runtime/ops"
+	"github.com/cohort-project/cohort/runtime/pace"
 )
 
 func checkpointCommand(o *options) *cobra.Command {
 	var opts ops.CheckpointOptions
 	var memory string
+	var percent float64
 	cmd := &cobra.Command{
 		Use:   "checkpoint [flags] [GROUP] REF",
 		Short: "Checkpoint a group of containers into images",
@@ -58,9 +60,15 @@ stored: its image is that one's and two layers more. A chain of more than
 			if opts.MaxChain < 1 {
 				return usage("--max-chain %d: give at least 1", opts.MaxChain)
 			}
+			if !(percent >= 0 && percent <= 100) {
+				return usage("--pace %v: give a percentage from 0 to 100", percent)
+			}
 			opts.Ref = args[len(args)-1]
 			if len(args) == 2 {
 				opts.Group = args[0]
+			}
+			if opts.Pace = percent / 100; percent == 0 {
+				opts.Pace = -1
 			}
 			return o.host(cmd, func(ctx context.Context, h *ops.Host) error {
 				p := newProgress(o.err)
@@ -108,6 +116,7 @@ stored: its image is that one's and two layers more. A chain of more than
 	f.BoolVar(&opts.KeepTracking, "keep-tracking", false, "go on tracking writes, so that the next checkpoint need not compare what did not change")
 	f.StringVar(&memory, "memory", "auto", "how memory is taken: auto, wp-async, soft-dirty or full")
 	f.IntVar(&opts.MaxChain, "max-chain", ops.DefaultMaxChain, "epochs that a checkpoint may consist of before it is merged")
+	f.Float64Var(&percent, "pace", 100*pace.Share, "`PERCENT` of the processors to use of a busy host while the members run; 0 for no limit")
 	f.DurationVar(&opts.Timeout, "timeout", 60*time.Second, "longest time that the members may stand still")
 	return cmd
 }

@@ -17,6 +17,7 @@ import (
 
 	api "github.com/cohort-project/cohort/api/schedule/v1"
 	"github.com/cohort-project/cohort/oci"
+	"github.com/cohort-project/cohort/oci/names"
 	"github.com/cohort-project/cohort/runtime/schedule"
 )
 
@@ -98,7 +99,7 @@ shows how each schedule goes.`,
 			case !list && !remove && keep < 1:
 				return fmt.Errorf("--keep %d: keep one epoch at least", keep)
 			case !list && !remove:
-				_, err := oci.NormalizeRef(args[1])
+				_, err := names.NormalizeRef(args[1])
 				return errors.Join(oci.ValidGroup(args[0]), err)
 			}
 			return nil

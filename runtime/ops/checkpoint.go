@@ -17,9 +17,12 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/cohort-project/cohort/oci"
+	"github.com/cohort-project/cohort/oci/names"
 	"github.com/cohort-project/cohort/runtime/group"
 	"github.com/cohort-project/cohort/runtime/memory/engine"
+	"github.com/cohort-project/cohort/runtime/pace"
 	"github.com/cohort-project/cohort/runtime/preflight"
+	"github.com/cohort-project/cohort/runtime/urgent"
 )
 
 // CheckpointOptions say what to checkpoint, and how.
@@ -49,6 +52,9 @@ type CheckpointOptions struct {
 	// MaxChain is of how many epochs a checkpoint may consist; a longer one is merged
 	// (see Merge) once it has its name. 0 is DefaultMaxChain, below 0 there is no limit.
 	MaxChain int
+	// Pace is the share of all processors, up to 1, that is used of a busy host while the
+	// members run; 0 is pace.Share, below 0 there is no bound. With Stop there is none.
+	Pace float64
 	// Progress is told what is going on; may be nil.
 	Progress func(what string)
 }
@@ -155,6 +161,10 @@ func (e *RefusedError) Error() string {
 // run, in bytes a second: a busy host's disk.
 const slowest = 32 << 20
 
+// freezeLead is from the call that tells the members when to freeze to the time that they
+// are told: they copy meanwhile what is still being written.
+const freezeLead = 60 * time.Millisecond
+
 // noBarrier is set by tests only (see export_test.go and the build tag
 // nobarrier): the negative control of the consistency tests.
 var noBarrier = false
@@ -168,7 +178,7 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 	if step == nil {
 		step = func(string) {}
 	}
-	ref, err := oci.NormalizeRef(o.Ref)
+	ref, err := names.NormalizeRef(o.Ref)
 	if err != nil {
 		return nil, err
 	}
@@ -197,15 +207,22 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 		return res, err
 	}
 	members := make([]*member, len(list))
+	processes := make([]int, len(list))
+	for i, c := range list {
+		if c.inspect != nil {
+			processes[i] = len(c.inspect.Processes)
+		}
+	}
+	yield := yields(processes)
 	for i, c := range list {
 		image, err := h.imageOf(ctx, c)
 		if err != nil {
 			return res, err
 		}
-		if _, err := oci.MemberRef(ref, c.Member); err != nil {
+		if _, err := names.MemberRef(ref, c.Member); err != nil {
 			return res, err
 		}
-		members[i] = &member{c: c, image: image, keepTracking: o.KeepTracking, engine: o.Engine}
+		members[i] = &member{c: c, image: image, keepTracking: o.KeepTracking, engine: o.Engine, yieldCPU: yield[i], pace: o.pace()}
 	}
 	images, err := oci.ListGroups(ctx, h.Client.ImageService(), h.Client.ContentStore())
 	if err != nil {
@@ -238,8 +255,14 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 		seen[i] = members[i]
 	}
 	cfg := group.Config{
-		Epoch:     group.Epoch{ID: res.Epoch, Group: res.Group, Number: res.Number, Stop: o.Stop},
-		Observer:  observer{step},
+		Epoch:    group.Epoch{ID: res.Epoch, Group: res.Group, Number: res.Number, Stop: o.Stop},
+		Observer: observer{step},
+		Hurry: func() func() {
+			h := urgent.Approach()
+			h.Raise()
+			return h.End
+		},
+		Lead:      freezeLead,
 		NoBarrier: noBarrier,
 	}
 	cfg.Limits.Capture = o.Timeout
@@ -252,8 +275,13 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 		}
 	}
 	copying := time.Duration(memory/slowest) * time.Second
+	if o.pace() > 0 {
+		copying *= pace.Most
+	}
 	cfg.Limits.Prepare, cfg.Limits.Seal = time.Minute+copying, 2*time.Minute+copying
-	out, err := group.Run(ctx, cfg, seen, x.run)
+	out, err := group.Run(ctx, cfg, seen, func(ctx context.Context) error {
+		return x.run(pace.With(ctx, pace.New(o.pace())))
+	})
 	res.StopMS, res.SkewMS, res.PhasesMS = out.StopMS, out.SkewMS, out.PhasesMS
 	res.Untold = out.Untold
 	for i, m := range out.Members {
@@ -264,6 +292,7 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 	if err != nil {
 		return res, fmt.Errorf("checkpoint of group %s: %w", res.Group, err)
 	}
+	ctx = pace.With(ctx, pace.New(o.pace()))
 	for _, m := range res.Members {
 		if limit := o.maxChain(); limit > 0 && m.Chain > limit {
 			if res.Merge, err = h.Merge(ctx, MergeOptions{Ref: res.Ref, Progress: o.Progress}); err != nil {
@@ -275,6 +304,17 @@ func (h *Host) Checkpoint(ctx context.Context, o CheckpointOptions) (_ *Checkpoi
 		}
 	}
 	return res, nil
+}
+
+// pace is the share of the processors, 0 for no bound.
+func (o *CheckpointOptions) pace() float64 {
+	switch {
+	case o.Stop || o.Pace < 0:
+		return 0
+	case o.Pace == 0:
+		return pace.Share
+	}
+	return min(o.Pace, 1)
 }
 
 type observer struct{ step func(string) }

@@ -14,6 +14,7 @@ import (
 
 	memberAPI "github.com/cohort-project/cohort/api/member/v1"
 	"github.com/cohort-project/cohort/oci"
+	"github.com/cohort-project/cohort/oci/names"
 	"github.com/cohort-project/cohort/runtime/undo"
 	"github.com/cohort-project/cohort/snapshotter"
 )
@@ -61,7 +62,7 @@ func (x *exporter) run(ctx context.Context) error {
 		return err
 	}
 	x.res.Digest = desc.Digest.String()
-	names, err := oci.Publish(ctx, x.h.Client.ImageService(), x.res.Ref, desc, images)
+	published, err := names.Publish(ctx, x.h.Client.ImageService(), x.res.Ref, desc, images)
 	if err != nil {
 		return err
 	}
@@ -77,7 +78,7 @@ func (x *exporter) run(ctx context.Context) error {
 		r := CheckpointMember{
 			ID: m.c.ID(), Name: m.c.Member, Processes: len(img.Checkpoint.Processes),
 			MemoryBytes: m.sealed.MemoryBytes, StorageBytes: m.sealed.StorageBytes,
-			Image: names[i], Digest: img.Manifest.Digest.String(), PartsMS: parts,
+			Image: published[i], Digest: img.Manifest.Digest.String(), PartsMS: parts,
 			Chain: img.Checkpoint.Chain, IncrementBytes: img.Manifest.Size + img.Config.Size + img.RWLayer.Size + img.CkptLayer.Size,
 			Memory: memoryResult(m.sealed.GetMemory()),
 		}

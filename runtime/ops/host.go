@@ -192,19 +192,29 @@ func (h *Host) Members(ctx context.Context, group string, ids []string) ([]*Cont
 	return out, nil
 }
 
+// dial opens the Member service of the container's shim. FailedPrecondition if there is
+// no shim.
+func (h *Host) dial(c *Container) error {
+	if c.conn != nil {
+		return nil
+	}
+	rec, err := journal.ReadMember(h.State, h.Namespace, c.ID())
+	if err != nil || !rec.Shim.Alive() || !sameAddress(rec.Containerd, h.Address) {
+		return fmt.Errorf("container %s has no live shim: start it first (state directory %s; is COHORT_STATE what containerd runs with?): %w", c.ID(), h.State, errdefs.ErrFailedPrecondition)
+	}
+	conn, err := shim.AnonDialer(rec.Address, dialTimeout)
+	if err != nil {
+		return fmt.Errorf("connect to the shim of container %s: %w", c.ID(), err)
+	}
+	c.conn = ttrpc.NewClient(conn)
+	c.api = memberAPI.NewMemberClient(c.conn)
+	return nil
+}
+
 // connect opens the Member service of the container's shim and inspects it.
 func (h *Host) connect(ctx context.Context, c *Container) error {
-	if c.conn == nil {
-		rec, err := journal.ReadMember(h.State, h.Namespace, c.ID())
-		if err != nil || !rec.Shim.Alive() || !sameAddress(rec.Containerd, h.Address) {
-			return fmt.Errorf("container %s has no live shim: start it first (state directory %s; is COHORT_STATE what containerd runs with?): %w", c.ID(), h.State, errdefs.ErrFailedPrecondition)
-		}
-		conn, err := shim.AnonDialer(rec.Address, dialTimeout)
-		if err != nil {
-			return fmt.Errorf("connect to the shim of container %s: %w", c.ID(), err)
-		}
-		c.conn = ttrpc.NewClient(conn)
-		c.api = memberAPI.NewMemberClient(c.conn)
+	if err := h.dial(c); err != nil {
+		return err
 	}
 	resp, err := c.api.Inspect(ctx, &memberAPI.InspectRequest{Id: c.ID(), Engine: c.engine})
 	if err != nil {

@@ -11,6 +11,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/cohort-project/cohort/oci"
+	"github.com/cohort-project/cohort/oci/names"
 )
 
 // Images lists the checkpoint images of groups.
@@ -50,7 +51,7 @@ func (h *Host) image(ctx context.Context, ref string) (images.Image, error) {
 	if err == nil {
 		return img, nil
 	}
-	full, nerr := oci.NormalizeRef(ref)
+	full, nerr := names.NormalizeRef(ref)
 	if nerr == nil && full != ref {
 		if img, err = h.Client.ImageService().Get(ctx, full); err == nil {
 			return img, nil

@@ -33,7 +33,9 @@ type member struct {
 	earlier      *oci.Member
 	fullWhy      string
 	keepTracking bool
+	yieldCPU     bool
 	engine       string
+	pace         float64
 }
 
 // increment says whether the sealed checkpoint is one: its shim decides, for memory and
@@ -76,6 +78,7 @@ func (m *member) Prepare(ctx context.Context, e group.Epoch) error {
 		Stop: e.Stop, Member: m.c.Member,
 		ImageRef: m.image.ref, ImageDigest: m.image.digest, ChainId: m.image.chainID,
 		CreatedUnixNs: m.c.Info.CreatedAt.UnixNano(), KeepTracking: m.keepTracking, Engine: m.engine,
+		YieldCpu: m.yieldCPU, Pace: m.pace,
 	}
 	if m.parent != nil {
 		req.Parent = m.parent.api
@@ -84,8 +87,8 @@ func (m *member) Prepare(ctx context.Context, e group.Epoch) error {
 	return native(err)
 }
 
-func (m *member) Freeze(ctx context.Context, epoch string) (int64, int64, error) {
-	resp, err := m.c.api.Freeze(ctx, m.epoch(epoch))
+func (m *member) Freeze(ctx context.Context, epoch string, at int64) (int64, int64, error) {
+	resp, err := m.c.api.Freeze(ctx, &memberAPI.FreezeRequest{Id: m.c.ID(), Epoch: epoch, AtNs: at})
 	if err != nil {
 		return 0, 0, native(err)
 	}

@@ -17,6 +17,7 @@ import (
 	"github.com/opencontainers/image-spec/identity"
 
 	"github.com/cohort-project/cohort/oci"
+	"github.com/cohort-project/cohort/oci/names"
 	"github.com/cohort-project/cohort/runtime/memory/pages"
 )
 
@@ -99,7 +100,7 @@ func (h *Host) Merge(ctx context.Context, o MergeOptions) (*MergeResult, error) 
 		if members[i], err = h.mergeMember(ctx, m); err != nil {
 			return fail(err)
 		}
-		name, err := oci.MemberRef(img.Name, m.Name)
+		name, err := names.MemberRef(img.Name, m.Name)
 		if err != nil {
 			return fail(err)
 		}
@@ -130,7 +131,7 @@ func (h *Host) Merge(ctx context.Context, o MergeOptions) (*MergeResult, error) 
 		return fail(fmt.Errorf("the name was given to another checkpoint meanwhile: %w", errdefs.ErrAborted))
 	}
 	step("naming the images")
-	if _, err := oci.Publish(ctx, h.Client.ImageService(), img.Name, desc, members); err != nil {
+	if _, err := names.Publish(ctx, h.Client.ImageService(), img.Name, desc, members); err != nil {
 		return fail(err)
 	}
 	res.Digest = desc.Digest.String()
@@ -152,7 +153,7 @@ func (h *Host) unused(ctx context.Context, ref string, g *oci.Group) error {
 		return err
 	}
 	for _, m := range g.Members {
-		name, err := oci.MemberRef(ref, m.Name)
+		name, err := names.MemberRef(ref, m.Name)
 		if err != nil {
 			return err
 		}

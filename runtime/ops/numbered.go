@@ -16,6 +16,7 @@ import (
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 
 	"github.com/cohort-project/cohort/oci"
+	"github.com/cohort-project/cohort/oci/names"
 )
 
 // numberedRef names one of several epochs that go by one name: a schedule's. ref
@@ -42,7 +43,7 @@ func (o *CheckpointOptions) number(list []*Container, ref string, number uint64)
 	}
 	ref = numberedRef(ref, number)
 	for _, c := range list {
-		if _, err := oci.MemberRef(ref, c.Member); err != nil {
+		if _, err := names.MemberRef(ref, c.Member); err != nil {
 			return "", err
 		}
 	}
@@ -55,7 +56,7 @@ func (x *exporter) moveTo(ctx context.Context, ref string, desc ocispec.Descript
 	if ref == "" || ref == x.res.Ref {
 		return nil
 	}
-	if _, err := oci.Publish(ctx, x.h.Client.ImageService(), ref, desc, list); err != nil {
+	if _, err := names.Publish(ctx, x.h.Client.ImageService(), ref, desc, list); err != nil {
 		return fmt.Errorf("the checkpoint is there as %s, but %s still names an earlier one: %w", x.res.Ref, ref, err)
 	}
 	return nil
@@ -77,7 +78,7 @@ func (h *Host) alias(ctx context.Context, from, to string) error {
 			return err
 		}
 	}
-	_, err = oci.Publish(ctx, h.Client.ImageService(), to, g.Target, list)
+	_, err = names.Publish(ctx, h.Client.ImageService(), to, g.Target, list)
 	return err
 }
 
@@ -87,7 +88,7 @@ func (h *Host) alias(ctx context.Context, from, to string) error {
 // so does what remaining epochs build on, and an epoch from which a container was restored.
 // If the process dies on the way, the next call removes the rest.
 func (h *Host) PruneNumbered(ctx context.Context, group, ref string, keep int) (removed []string, err error) {
-	ref, err = oci.NormalizeRef(ref)
+	ref, err = names.NormalizeRef(ref)
 	if err != nil {
 		return nil, err
 	}

@@ -28,6 +28,7 @@ import (
 	"github.com/cohort-project/cohort/api/annotation"
 	memberAPI "github.com/cohort-project/cohort/api/member/v1"
 	"github.com/cohort-project/cohort/oci"
+	"github.com/cohort-project/cohort/oci/names"
 	"github.com/cohort-project/cohort/runtime/journal"
 	"github.com/cohort-project/cohort/runtime/netlock"
 )
@@ -241,7 +242,7 @@ func (x *restorer) memberImage(ctx context.Context, m *oci.Member) (string, erro
 	if !x.g.Whole {
 		return x.o.Ref, nil
 	}
-	name, err := oci.MemberRef(x.o.Ref, m.Name)
+	name, err := names.MemberRef(x.o.Ref, m.Name)
 	if err != nil {
 		return "", err
 	}

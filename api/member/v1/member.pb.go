@@ -400,7 +400,13 @@ type PrepareRequest struct {
 	KeepTracking bool `protobuf:"varint,13,opt,name=keep_tracking,json=keepTracking,proto3" json:"keep_tracking,omitempty"`
 	// engine is the only way in which the memory may be taken (see Memory.engine);
 	// empty for the best one.
-	Engine        string `protobuf:"bytes,14,opt,name=engine,proto3" json:"engine,omitempty"`
+	Engine string `protobuf:"bytes,14,opt,name=engine,proto3" json:"engine,omitempty"`
+	// yield_cpu has CRIU leave one processor to others while the container is
+	// frozen: another member takes longer, and waits for it.
+	YieldCpu bool `protobuf:"varint,15,opt,name=yield_cpu,json=yieldCpu,proto3" json:"yield_cpu,omitempty"`
+	// pace is the share of all processors, above 0 and up to 1, that is used of a busy
+	// host for what is done while the container runs; 0 for no bound.
+	Pace          float64 `protobuf:"fixed64,16,opt,name=pace,proto3" json:"pace,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -531,6 +537,20 @@ func (x *PrepareRequest) GetEngine() string {
 		return x.Engine
 	}
 	return ""
+}
+
+func (x *PrepareRequest) GetYieldCpu() bool {
+	if x != nil {
+		return x.YieldCpu
+	}
+	return false
+}
+
+func (x *PrepareRequest) GetPace() float64 {
+	if x != nil {
+		return x.Pace
+	}
+	return 0
 }
 
 // Parent is a checkpoint that another one builds on. Whoever names it sees to it
@@ -746,6 +766,68 @@ func (*EpochResponse) Descriptor() ([]byte, []int) {
 	return file_member_v1_member_proto_rawDescGZIP(), []int{7}
 }
 
+type FreezeRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Id    string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Epoch string                 `protobuf:"bytes,2,opt,name=epoch,proto3" json:"epoch,omitempty"`
+	// CLOCK_MONOTONIC nanoseconds at which it is to freeze: the same for all members
+	// of a group. 0, or a time that has passed, is for the shim to choose.
+	AtNs          int64 `protobuf:"varint,3,opt,name=at_ns,json=atNs,proto3" json:"at_ns,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *FreezeRequest) Reset() {
+	*x = FreezeRequest{}
+	mi := &file_member_v1_member_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *FreezeRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*FreezeRequest) ProtoMessage() {}
+
+func (x *FreezeRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_member_v1_member_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use FreezeRequest.ProtoReflect.Descriptor instead.
+func (*FreezeRequest) Descriptor() ([]byte, []int) {
+	return file_member_v1_member_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *FreezeRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *FreezeRequest) GetEpoch() string {
+	if x != nil {
+		return x.Epoch
+	}
+	return ""
+}
+
+func (x *FreezeRequest) GetAtNs() int64 {
+	if x != nil {
+		return x.AtNs
+	}
+	return 0
+}
+
 type FreezeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// CLOCK_MONOTONIC nanoseconds: the freeze was asked for, and was complete.
@@ -757,7 +839,7 @@ type FreezeResponse struct {
 
 func (x *FreezeResponse) Reset() {
 	*x = FreezeResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[8]
+	mi := &file_member_v1_member_proto_msgTypes[9]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -769,7 +851,7 @@ func (x *FreezeResponse) String() string {
 func (*FreezeResponse) ProtoMessage() {}
 
 func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[8]
+	mi := &file_member_v1_member_proto_msgTypes[9]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -782,7 +864,7 @@ func (x *FreezeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FreezeResponse.ProtoReflect.Descriptor instead.
 func (*FreezeResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{8}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{9}
 }
 
 func (x *FreezeResponse) GetAskedNs() int64 {
@@ -810,7 +892,7 @@ type CaptureResponse struct {
 
 func (x *CaptureResponse) Reset() {
 	*x = CaptureResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[9]
+	mi := &file_member_v1_member_proto_msgTypes[10]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -822,7 +904,7 @@ func (x *CaptureResponse) String() string {
 func (*CaptureResponse) ProtoMessage() {}
 
 func (x *CaptureResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[9]
+	mi := &file_member_v1_member_proto_msgTypes[10]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -835,7 +917,7 @@ func (x *CaptureResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CaptureResponse.ProtoReflect.Descriptor instead.
 func (*CaptureResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{9}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{10}
 }
 
 func (x *CaptureResponse) GetMemoryBytes() uint64 {
@@ -863,7 +945,7 @@ type ResumeRequest struct {
 
 func (x *ResumeRequest) Reset() {
 	*x = ResumeRequest{}
-	mi := &file_member_v1_member_proto_msgTypes[10]
+	mi := &file_member_v1_member_proto_msgTypes[11]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -875,7 +957,7 @@ func (x *ResumeRequest) String() string {
 func (*ResumeRequest) ProtoMessage() {}
 
 func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[10]
+	mi := &file_member_v1_member_proto_msgTypes[11]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -888,7 +970,7 @@ func (x *ResumeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeRequest.ProtoReflect.Descriptor instead.
 func (*ResumeRequest) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{10}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{11}
 }
 
 func (x *ResumeRequest) GetId() string {
@@ -922,7 +1004,7 @@ type ResumeResponse struct {
 
 func (x *ResumeResponse) Reset() {
 	*x = ResumeResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[11]
+	mi := &file_member_v1_member_proto_msgTypes[12]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -934,7 +1016,7 @@ func (x *ResumeResponse) String() string {
 func (*ResumeResponse) ProtoMessage() {}
 
 func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[11]
+	mi := &file_member_v1_member_proto_msgTypes[12]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -947,7 +1029,7 @@ func (x *ResumeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ResumeResponse.ProtoReflect.Descriptor instead.
 func (*ResumeResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{11}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{12}
 }
 
 func (x *ResumeResponse) GetResumedNs() int64 {
@@ -974,7 +1056,7 @@ type SealResponse struct {
 
 func (x *SealResponse) Reset() {
 	*x = SealResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[12]
+	mi := &file_member_v1_member_proto_msgTypes[13]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -986,7 +1068,7 @@ func (x *SealResponse) String() string {
 func (*SealResponse) ProtoMessage() {}
 
 func (x *SealResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[12]
+	mi := &file_member_v1_member_proto_msgTypes[13]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -999,7 +1081,7 @@ func (x *SealResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SealResponse.ProtoReflect.Descriptor instead.
 func (*SealResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{12}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{13}
 }
 
 func (x *SealResponse) GetStorageBytes() uint64 {
@@ -1079,7 +1161,7 @@ type Memory struct {
 
 func (x *Memory) Reset() {
 	*x = Memory{}
-	mi := &file_member_v1_member_proto_msgTypes[13]
+	mi := &file_member_v1_member_proto_msgTypes[14]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1091,7 +1173,7 @@ func (x *Memory) String() string {
 func (*Memory) ProtoMessage() {}
 
 func (x *Memory) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[13]
+	mi := &file_member_v1_member_proto_msgTypes[14]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1104,7 +1186,7 @@ func (x *Memory) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Memory.ProtoReflect.Descriptor instead.
 func (*Memory) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{13}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{14}
 }
 
 func (x *Memory) GetEngine() string {
@@ -1205,6 +1287,86 @@ func (x *Memory) GetSharedWhy() []string {
 	return nil
 }
 
+type EndTrackingRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndTrackingRequest) Reset() {
+	*x = EndTrackingRequest{}
+	mi := &file_member_v1_member_proto_msgTypes[15]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndTrackingRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndTrackingRequest) ProtoMessage() {}
+
+func (x *EndTrackingRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_member_v1_member_proto_msgTypes[15]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndTrackingRequest.ProtoReflect.Descriptor instead.
+func (*EndTrackingRequest) Descriptor() ([]byte, []int) {
+	return file_member_v1_member_proto_rawDescGZIP(), []int{15}
+}
+
+func (x *EndTrackingRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type EndTrackingResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EndTrackingResponse) Reset() {
+	*x = EndTrackingResponse{}
+	mi := &file_member_v1_member_proto_msgTypes[16]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EndTrackingResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EndTrackingResponse) ProtoMessage() {}
+
+func (x *EndTrackingResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_member_v1_member_proto_msgTypes[16]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EndTrackingResponse.ProtoReflect.Descriptor instead.
+func (*EndTrackingResponse) Descriptor() ([]byte, []int) {
+	return file_member_v1_member_proto_rawDescGZIP(), []int{16}
+}
+
 type RestoreRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
@@ -1216,7 +1378,7 @@ type RestoreRequest struct {
 
 func (x *RestoreRequest) Reset() {
 	*x = RestoreRequest{}
-	mi := &file_member_v1_member_proto_msgTypes[14]
+	mi := &file_member_v1_member_proto_msgTypes[17]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1228,7 +1390,7 @@ func (x *RestoreRequest) String() string {
 func (*RestoreRequest) ProtoMessage() {}
 
 func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[14]
+	mi := &file_member_v1_member_proto_msgTypes[17]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1241,7 +1403,7 @@ func (x *RestoreRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreRequest.ProtoReflect.Descriptor instead.
 func (*RestoreRequest) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{14}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{17}
 }
 
 func (x *RestoreRequest) GetId() string {
@@ -1277,7 +1439,7 @@ type RestoreResponse struct {
 
 func (x *RestoreResponse) Reset() {
 	*x = RestoreResponse{}
-	mi := &file_member_v1_member_proto_msgTypes[15]
+	mi := &file_member_v1_member_proto_msgTypes[18]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1289,7 +1451,7 @@ func (x *RestoreResponse) String() string {
 func (*RestoreResponse) ProtoMessage() {}
 
 func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_member_v1_member_proto_msgTypes[15]
+	mi := &file_member_v1_member_proto_msgTypes[18]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1302,7 +1464,7 @@ func (x *RestoreResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RestoreResponse.ProtoReflect.Descriptor instead.
 func (*RestoreResponse) Descriptor() ([]byte, []int) {
-	return file_member_v1_member_proto_rawDescGZIP(), []int{15}
+	return file_member_v1_member_proto_rawDescGZIP(), []int{18}
 }
 
 func (x *RestoreResponse) GetPid() int32 {
@@ -1356,7 +1518,7 @@ const file_member_v1_member_proto_rawDesc = "" +
 	"\aforeign\x18\x11 \x03(\v2\x19.cohort.member.v1.ProcessR\aforeign\x12#\n" +
 	"\rmemory_engine\x18\x12 \x01(\tR\fmemoryEngine\x12*\n" +
 	"\x11memory_engine_why\x18\x13 \x01(\tR\x0fmemoryEngineWhy\x12#\n" +
-	"\rtracked_epoch\x18\x14 \x01(\tR\ftrackedEpoch\"\x9d\x03\n" +
+	"\rtracked_epoch\x18\x14 \x01(\tR\ftrackedEpoch\"\xce\x03\n" +
 	"\x0ePrepareRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x19\n" +
@@ -1372,7 +1534,9 @@ const file_member_v1_member_proto_rawDesc = "" +
 	"\x0fcreated_unix_ns\x18\v \x01(\x03R\rcreatedUnixNs\x120\n" +
 	"\x06parent\x18\f \x01(\v2\x18.cohort.member.v1.ParentR\x06parent\x12#\n" +
 	"\rkeep_tracking\x18\r \x01(\bR\fkeepTracking\x12\x16\n" +
-	"\x06engine\x18\x0e \x01(\tR\x06engine\"p\n" +
+	"\x06engine\x18\x0e \x01(\tR\x06engine\x12\x1b\n" +
+	"\tyield_cpu\x18\x0f \x01(\bR\byieldCpu\x12\x12\n" +
+	"\x04pace\x18\x10 \x01(\x01R\x04pace\"p\n" +
 	"\x06Parent\x12\x14\n" +
 	"\x05epoch\x18\x01 \x01(\tR\x05epoch\x12\x16\n" +
 	"\x06number\x18\x02 \x01(\x04R\x06number\x12 \n" +
@@ -1385,7 +1549,11 @@ const file_member_v1_member_proto_rawDesc = "" +
 	"\fEpochRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05epoch\x18\x02 \x01(\tR\x05epoch\"\x0f\n" +
-	"\rEpochResponse\"H\n" +
+	"\rEpochResponse\"J\n" +
+	"\rFreezeRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
+	"\x05epoch\x18\x02 \x01(\tR\x05epoch\x12\x13\n" +
+	"\x05at_ns\x18\x03 \x01(\x03R\x04atNs\"H\n" +
 	"\x0eFreezeResponse\x12\x19\n" +
 	"\basked_ns\x18\x01 \x01(\x03R\aaskedNs\x12\x1b\n" +
 	"\tfrozen_ns\x18\x02 \x01(\x03R\bfrozenNs\"\xbb\x01\n" +
@@ -1425,18 +1593,21 @@ const file_member_v1_member_proto_rawDesc = "" +
 	"\x16shared_precopied_bytes\x18\f \x01(\x04R\x14sharedPrecopiedBytes\x120\n" +
 	"\x14shared_barrier_bytes\x18\r \x01(\x04R\x12sharedBarrierBytes\x12\x1d\n" +
 	"\n" +
-	"shared_why\x18\x0e \x03(\tR\tsharedWhy\"Q\n" +
+	"shared_why\x18\x0e \x03(\tR\tsharedWhy\"$\n" +
+	"\x12EndTrackingRequest\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\"\x15\n" +
+	"\x13EndTrackingResponse\"Q\n" +
 	"\x0eRestoreRequest\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x14\n" +
 	"\x05abort\x18\x02 \x01(\bR\x05abort\x12\x19\n" +
 	"\blease_ms\x18\x03 \x01(\rR\aleaseMs\"9\n" +
 	"\x0fRestoreResponse\x12\x10\n" +
 	"\x03pid\x18\x01 \x01(\x05R\x03pid\x12\x14\n" +
-	"\x05notes\x18\x02 \x03(\tR\x05notes2\xcd\b\n" +
+	"\x05notes\x18\x02 \x03(\tR\x05notes2\xaa\t\n" +
 	"\x06Member\x12N\n" +
 	"\aInspect\x12 .cohort.member.v1.InspectRequest\x1a!.cohort.member.v1.InspectResponse\x12N\n" +
-	"\aPrepare\x12 .cohort.member.v1.PrepareRequest\x1a!.cohort.member.v1.PrepareResponse\x12J\n" +
-	"\x06Freeze\x12\x1e.cohort.member.v1.EpochRequest\x1a .cohort.member.v1.FreezeResponse\x12G\n" +
+	"\aPrepare\x12 .cohort.member.v1.PrepareRequest\x1a!.cohort.member.v1.PrepareResponse\x12K\n" +
+	"\x06Freeze\x12\x1f.cohort.member.v1.FreezeRequest\x1a .cohort.member.v1.FreezeResponse\x12G\n" +
 	"\x04Lock\x12\x1e.cohort.member.v1.EpochRequest\x1a\x1f.cohort.member.v1.EpochResponse\x12L\n" +
 	"\aCapture\x12\x1e.cohort.member.v1.EpochRequest\x1a!.cohort.member.v1.CaptureResponse\x12I\n" +
 	"\x06Unlock\x12\x1e.cohort.member.v1.EpochRequest\x1a\x1f.cohort.member.v1.EpochResponse\x12K\n" +
@@ -1444,7 +1615,8 @@ const file_member_v1_member_proto_rawDesc = "" +
 	"\x04Seal\x12\x1e.cohort.member.v1.EpochRequest\x1a\x1e.cohort.member.v1.SealResponse\x12I\n" +
 	"\x06Finish\x12\x1e.cohort.member.v1.EpochRequest\x1a\x1f.cohort.member.v1.EpochResponse\x12H\n" +
 	"\x05Abort\x12\x1e.cohort.member.v1.EpochRequest\x1a\x1f.cohort.member.v1.EpochResponse\x12H\n" +
-	"\x05Renew\x12\x1e.cohort.member.v1.EpochRequest\x1a\x1f.cohort.member.v1.EpochResponse\x12T\n" +
+	"\x05Renew\x12\x1e.cohort.member.v1.EpochRequest\x1a\x1f.cohort.member.v1.EpochResponse\x12Z\n" +
+	"\vEndTracking\x12$.cohort.member.v1.EndTrackingRequest\x1a%.cohort.member.v1.EndTrackingResponse\x12T\n" +
 	"\rAwaitRestored\x12 .cohort.member.v1.RestoreRequest\x1a!.cohort.member.v1.RestoreResponse\x12V\n" +
 	"\x0fReleaseRestored\x12 .cohort.member.v1.RestoreRequest\x1a!.cohort.member.v1.RestoreResponse\x12S\n" +
 	"\fOpenRestored\x12 .cohort.member.v1.RestoreRequest\x1a!.cohort.member.v1.RestoreResponseB7Z5github.com/cohort-project/cohort/api/member/v1;memberb\x06proto3"
@@ -1461,62 +1633,67 @@ func file_member_v1_member_proto_rawDescGZIP() []byte {
 	return file_member_v1_member_proto_rawDescData
 }
 
-var file_member_v1_member_proto_msgTypes = make([]protoimpl.MessageInfo, 17)
+var file_member_v1_member_proto_msgTypes = make([]protoimpl.MessageInfo, 20)
 var file_member_v1_member_proto_goTypes = []any{
-	(*InspectRequest)(nil),  // 0: cohort.member.v1.InspectRequest
-	(*Process)(nil),         // 1: cohort.member.v1.Process
-	(*InspectResponse)(nil), // 2: cohort.member.v1.InspectResponse
-	(*PrepareRequest)(nil),  // 3: cohort.member.v1.PrepareRequest
-	(*Parent)(nil),          // 4: cohort.member.v1.Parent
-	(*PrepareResponse)(nil), // 5: cohort.member.v1.PrepareResponse
-	(*EpochRequest)(nil),    // 6: cohort.member.v1.EpochRequest
-	(*EpochResponse)(nil),   // 7: cohort.member.v1.EpochResponse
-	(*FreezeResponse)(nil),  // 8: cohort.member.v1.FreezeResponse
-	(*CaptureResponse)(nil), // 9: cohort.member.v1.CaptureResponse
-	(*ResumeRequest)(nil),   // 10: cohort.member.v1.ResumeRequest
-	(*ResumeResponse)(nil),  // 11: cohort.member.v1.ResumeResponse
-	(*SealResponse)(nil),    // 12: cohort.member.v1.SealResponse
-	(*Memory)(nil),          // 13: cohort.member.v1.Memory
-	(*RestoreRequest)(nil),  // 14: cohort.member.v1.RestoreRequest
-	(*RestoreResponse)(nil), // 15: cohort.member.v1.RestoreResponse
-	nil,                     // 16: cohort.member.v1.CaptureResponse.PartsNsEntry
+	(*InspectRequest)(nil),      // 0: cohort.member.v1.InspectRequest
+	(*Process)(nil),             // 1: cohort.member.v1.Process
+	(*InspectResponse)(nil),     // 2: cohort.member.v1.InspectResponse
+	(*PrepareRequest)(nil),      // 3: cohort.member.v1.PrepareRequest
+	(*Parent)(nil),              // 4: cohort.member.v1.Parent
+	(*PrepareResponse)(nil),     // 5: cohort.member.v1.PrepareResponse
+	(*EpochRequest)(nil),        // 6: cohort.member.v1.EpochRequest
+	(*EpochResponse)(nil),       // 7: cohort.member.v1.EpochResponse
+	(*FreezeRequest)(nil),       // 8: cohort.member.v1.FreezeRequest
+	(*FreezeResponse)(nil),      // 9: cohort.member.v1.FreezeResponse
+	(*CaptureResponse)(nil),     // 10: cohort.member.v1.CaptureResponse
+	(*ResumeRequest)(nil),       // 11: cohort.member.v1.ResumeRequest
+	(*ResumeResponse)(nil),      // 12: cohort.member.v1.ResumeResponse
+	(*SealResponse)(nil),        // 13: cohort.member.v1.SealResponse
+	(*Memory)(nil),              // 14: cohort.member.v1.Memory
+	(*EndTrackingRequest)(nil),  // 15: cohort.member.v1.EndTrackingRequest
+	(*EndTrackingResponse)(nil), // 16: cohort.member.v1.EndTrackingResponse
+	(*RestoreRequest)(nil),      // 17: cohort.member.v1.RestoreRequest
+	(*RestoreResponse)(nil),     // 18: cohort.member.v1.RestoreResponse
+	nil,                         // 19: cohort.member.v1.CaptureResponse.PartsNsEntry
 }
 var file_member_v1_member_proto_depIdxs = []int32{
 	1,  // 0: cohort.member.v1.InspectResponse.processes:type_name -> cohort.member.v1.Process
 	1,  // 1: cohort.member.v1.InspectResponse.foreign:type_name -> cohort.member.v1.Process
 	4,  // 2: cohort.member.v1.PrepareRequest.parent:type_name -> cohort.member.v1.Parent
-	16, // 3: cohort.member.v1.CaptureResponse.parts_ns:type_name -> cohort.member.v1.CaptureResponse.PartsNsEntry
-	13, // 4: cohort.member.v1.SealResponse.memory:type_name -> cohort.member.v1.Memory
+	19, // 3: cohort.member.v1.CaptureResponse.parts_ns:type_name -> cohort.member.v1.CaptureResponse.PartsNsEntry
+	14, // 4: cohort.member.v1.SealResponse.memory:type_name -> cohort.member.v1.Memory
 	0,  // 5: cohort.member.v1.Member.Inspect:input_type -> cohort.member.v1.InspectRequest
 	3,  // 6: cohort.member.v1.Member.Prepare:input_type -> cohort.member.v1.PrepareRequest
-	6,  // 7: cohort.member.v1.Member.Freeze:input_type -> cohort.member.v1.EpochRequest
+	8,  // 7: cohort.member.v1.Member.Freeze:input_type -> cohort.member.v1.FreezeRequest
 	6,  // 8: cohort.member.v1.Member.Lock:input_type -> cohort.member.v1.EpochRequest
 	6,  // 9: cohort.member.v1.Member.Capture:input_type -> cohort.member.v1.EpochRequest
 	6,  // 10: cohort.member.v1.Member.Unlock:input_type -> cohort.member.v1.EpochRequest
-	10, // 11: cohort.member.v1.Member.Resume:input_type -> cohort.member.v1.ResumeRequest
+	11, // 11: cohort.member.v1.Member.Resume:input_type -> cohort.member.v1.ResumeRequest
 	6,  // 12: cohort.member.v1.Member.Seal:input_type -> cohort.member.v1.EpochRequest
 	6,  // 13: cohort.member.v1.Member.Finish:input_type -> cohort.member.v1.EpochRequest
 	6,  // 14: cohort.member.v1.Member.Abort:input_type -> cohort.member.v1.EpochRequest
 	6,  // 15: cohort.member.v1.Member.Renew:input_type -> cohort.member.v1.EpochRequest
-	14, // 16: cohort.member.v1.Member.AwaitRestored:input_type -> cohort.member.v1.RestoreRequest
-	14, // 17: cohort.member.v1.Member.ReleaseRestored:input_type -> cohort.member.v1.RestoreRequest
-	14, // 18: cohort.member.v1.Member.OpenRestored:input_type -> cohort.member.v1.RestoreRequest
-	2,  // 19: cohort.member.v1.Member.Inspect:output_type -> cohort.member.v1.InspectResponse
-	5,  // 20: cohort.member.v1.Member.Prepare:output_type -> cohort.member.v1.PrepareResponse
-	8,  // 21: cohort.member.v1.Member.Freeze:output_type -> cohort.member.v1.FreezeResponse
-	7,  // 22: cohort.member.v1.Member.Lock:output_type -> cohort.member.v1.EpochResponse
-	9,  // 23: cohort.member.v1.Member.Capture:output_type -> cohort.member.v1.CaptureResponse
-	7,  // 24: cohort.member.v1.Member.Unlock:output_type -> cohort.member.v1.EpochResponse
-	11, // 25: cohort.member.v1.Member.Resume:output_type -> cohort.member.v1.ResumeResponse
-	12, // 26: cohort.member.v1.Member.Seal:output_type -> cohort.member.v1.SealResponse
-	7,  // 27: cohort.member.v1.Member.Finish:output_type -> cohort.member.v1.EpochResponse
-	7,  // 28: cohort.member.v1.Member.Abort:output_type -> cohort.member.v1.EpochResponse
-	7,  // 29: cohort.member.v1.Member.Renew:output_type -> cohort.member.v1.EpochResponse
-	15, // 30: cohort.member.v1.Member.AwaitRestored:output_type -> cohort.member.v1.RestoreResponse
-	15, // 31: cohort.member.v1.Member.ReleaseRestored:output_type -> cohort.member.v1.RestoreResponse
-	15, // 32: cohort.member.v1.Member.OpenRestored:output_type -> cohort.member.v1.RestoreResponse
-	19, // [19:33] is the sub-list for method output_type
-	5,  // [5:19] is the sub-list for method input_type
+	15, // 16: cohort.member.v1.Member.EndTracking:input_type -> cohort.member.v1.EndTrackingRequest
+	17, // 17: cohort.member.v1.Member.AwaitRestored:input_type -> cohort.member.v1.RestoreRequest
+	17, // 18: cohort.member.v1.Member.ReleaseRestored:input_type -> cohort.member.v1.RestoreRequest
+	17, // 19: cohort.member.v1.Member.OpenRestored:input_type -> cohort.member.v1.RestoreRequest
+	2,  // 20: cohort.member.v1.Member.Inspect:output_type -> cohort.member.v1.InspectResponse
+	5,  // 21: cohort.member.v1.Member.Prepare:output_type -> cohort.member.v1.PrepareResponse
+	9,  // 22: cohort.member.v1.Member.Freeze:output_type -> cohort.member.v1.FreezeResponse
+	7,  // 23: cohort.member.v1.Member.Lock:output_type -> cohort.member.v1.EpochResponse
+	10, // 24: cohort.member.v1.Member.Capture:output_type -> cohort.member.v1.CaptureResponse
+	7,  // 25: cohort.member.v1.Member.Unlock:output_type -> cohort.member.v1.EpochResponse
+	12, // 26: cohort.member.v1.Member.Resume:output_type -> cohort.member.v1.ResumeResponse
+	13, // 27: cohort.member.v1.Member.Seal:output_type -> cohort.member.v1.SealResponse
+	7,  // 28: cohort.member.v1.Member.Finish:output_type -> cohort.member.v1.EpochResponse
+	7,  // 29: cohort.member.v1.Member.Abort:output_type -> cohort.member.v1.EpochResponse
+	7,  // 30: cohort.member.v1.Member.Renew:output_type -> cohort.member.v1.EpochResponse
+	16, // 31: cohort.member.v1.Member.EndTracking:output_type -> cohort.member.v1.EndTrackingResponse
+	18, // 32: cohort.member.v1.Member.AwaitRestored:output_type -> cohort.member.v1.RestoreResponse
+	18, // 33: cohort.member.v1.Member.ReleaseRestored:output_type -> cohort.member.v1.RestoreResponse
+	18, // 34: cohort.member.v1.Member.OpenRestored:output_type -> cohort.member.v1.RestoreResponse
+	20, // [20:35] is the sub-list for method output_type
+	5,  // [5:20] is the sub-list for method input_type
 	5,  // [5:5] is the sub-list for extension type_name
 	5,  // [5:5] is the sub-list for extension extendee
 	0,  // [0:5] is the sub-list for field type_name
@@ -1533,7 +1710,7 @@ func file_member_v1_member_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_member_v1_member_proto_rawDesc), len(file_member_v1_member_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   17,
+			NumMessages:   20,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -10,7 +10,7 @@ import (
 type MemberService interface {
 	Inspect(context.Context, *InspectRequest) (*InspectResponse, error)
 	Prepare(context.Context, *PrepareRequest) (*PrepareResponse, error)
-	Freeze(context.Context, *EpochRequest) (*FreezeResponse, error)
+	Freeze(context.Context, *FreezeRequest) (*FreezeResponse, error)
 	Lock(context.Context, *EpochRequest) (*EpochResponse, error)
 	Capture(context.Context, *EpochRequest) (*CaptureResponse, error)
 	Unlock(context.Context, *EpochRequest) (*EpochResponse, error)
@@ -19,6 +19,7 @@ type MemberService interface {
 	Finish(context.Context, *EpochRequest) (*EpochResponse, error)
 	Abort(context.Context, *EpochRequest) (*EpochResponse, error)
 	Renew(context.Context, *EpochRequest) (*EpochResponse, error)
+	EndTracking(context.Context, *EndTrackingRequest) (*EndTrackingResponse, error)
 	AwaitRestored(context.Context, *RestoreRequest) (*RestoreResponse, error)
 	ReleaseRestored(context.Context, *RestoreRequest) (*RestoreResponse, error)
 	OpenRestored(context.Context, *RestoreRequest) (*RestoreResponse, error)
@@ -42,7 +43,7 @@ func RegisterMemberService(srv *ttrpc.Server, svc MemberService) {
 				return svc.Prepare(ctx, &req)
 			},
 			"Freeze": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
-				var req EpochRequest
+				var req FreezeRequest
 				if err := unmarshal(&req); err != nil {
 					return nil, err
 				}
@@ -104,6 +105,13 @@ func RegisterMemberService(srv *ttrpc.Server, svc MemberService) {
 				}
 				return svc.Renew(ctx, &req)
 			},
+			"EndTracking": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
+				var req EndTrackingRequest
+				if err := unmarshal(&req); err != nil {
+					return nil, err
+				}
+				return svc.EndTracking(ctx, &req)
+			},
 			"AwaitRestored": func(ctx context.Context, unmarshal func(interface{}) error) (interface{}, error) {
 				var req RestoreRequest
 				if err := unmarshal(&req); err != nil {
@@ -155,7 +163,7 @@ func (c *memberClient) Prepare(ctx context.Context, req *PrepareRequest) (*Prepa
 	return &resp, nil
 }
 
-func (c *memberClient) Freeze(ctx context.Context, req *EpochRequest) (*FreezeResponse, error) {
+func (c *memberClient) Freeze(ctx context.Context, req *FreezeRequest) (*FreezeResponse, error) {
 	var resp FreezeResponse
 	if err := c.client.Call(ctx, "cohort.member.v1.Member", "Freeze", req, &resp); err != nil {
 		return nil, err
@@ -222,6 +230,14 @@ func (c *memberClient) Abort(ctx context.Context, req *EpochRequest) (*EpochResp
 func (c *memberClient) Renew(ctx context.Context, req *EpochRequest) (*EpochResponse, error) {
 	var resp EpochResponse
 	if err := c.client.Call(ctx, "cohort.member.v1.Member", "Renew", req, &resp); err != nil {
+		return nil, err
+	}
+	return &resp, nil
+}
+
+func (c *memberClient) EndTracking(ctx context.Context, req *EndTrackingRequest) (*EndTrackingResponse, error) {
+	var resp EndTrackingResponse
+	if err := c.client.Call(ctx, "cohort.member.v1.Member", "EndTracking", req, &resp); err != nil {
 		return nil, err
 	}
 	return &resp, nil
