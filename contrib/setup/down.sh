@@ -118,7 +118,7 @@ containers() {
 # remove_container NAMESPACE ID removes runc's record and the cgroups of a container whose processes are gone.
 remove_container() {
 	local namespace=$1 id=$2 state cgroup
-	for state in "/run/containerd/runc/$namespace" "$RUN_DIR/state/runc/$namespace"; do
+	for state in "/run/containerd/runc/$namespace" "$RUN/state/runc/$namespace"; do
 		if [ -d "$state/$id" ]; then
 			timeout 15 "$TOOLS_DIR/bin/runc" --root "$state" delete --force "$id" 2>/dev/null || rm -rf "${state:?}/$id"
 		fi

@@ -142,6 +142,8 @@ main() {
 	fi
 	mkdir -p -m 700 "$RUN/state" "$RUN/s"
 	mkdir -p "$RUN/containerd"
+	# As /run is, where the records are kept otherwise: they are written while containers stand still.
+	mountpoint -q "$RUN/state" || mount -t tmpfs -o mode=0700,size=64m cohort-state "$RUN/state" || die "$RUN/state cannot be made a tmpfs" "see dmesg"
 
 	if ! alive cohortd >/dev/null; then
 		rm -f "$RUN/cohort/snapshotter.sock" "$RUN/cohort/host.sock"
