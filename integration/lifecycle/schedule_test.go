@@ -14,6 +14,7 @@ import (
 
 	"github.com/cohort-project/cohort/integration/harness"
 	barrier "github.com/cohort-project/cohort/runtime/group"
+	"github.com/cohort-project/cohort/runtime/journal"
 )
 
 // scheduleDocument is what docs/cli.md documents of cohort schedule --list --json.
@@ -68,6 +69,26 @@ func (g *group) schedule(every time.Duration, keep int) *scheduled {
 		g.Errorf("set: %+v", doc)
 	}
 	return s
+}
+
+// trackers counts the userfaultfds of a member's shim, by which the writes of its
+// processes are tracked.
+func (g *group) trackers(id string) (n int) {
+	g.Helper()
+	rec, err := journal.ReadMember(g.in.State, g.in.Namespace(), id)
+	if err != nil {
+		g.Fatal(err)
+	}
+	fds, err := filepath.Glob(fmt.Sprintf("/proc/%d/fd/*", rec.Shim.Pid))
+	if err != nil || len(fds) == 0 {
+		g.Fatalf("the descriptors of the shim of %s: %v, %v", id, fds, err)
+	}
+	for _, fd := range fds {
+		if to, err := os.Readlink(fd); err == nil && strings.Contains(to, "userfaultfd") {
+			n++
+		}
+	}
+	return n
 }
 
 // names are the images of the schedule's groups.
@@ -159,7 +180,17 @@ func TestAScheduleGoesOnAfterTheDaemonIsKilledAndKeepsSoManyEpochs(t *testing.T)
 		t.Errorf("%s is epoch %d, the newest is %d", s.ref, r.Number, newest.Last.Number)
 	}
 
+	for _, id := range g.ids {
+		if g.trackers(id) == 0 {
+			t.Errorf("the writes of %s are not tracked between two epochs", id)
+		}
+	}
 	w.cohort("schedule", "--remove", g.name)
+	for _, id := range g.ids {
+		if n := g.trackers(id); n != 0 {
+			t.Errorf("removed, and %d processes of %s are tracked", n, id)
+		}
+	}
 	if out := w.cohort("schedule", "--list"); strings.Contains(out, g.name) {
 		t.Errorf("removed, and on the list: %s", out)
 	}
