@@ -26,6 +26,7 @@ import (
 	"github.com/cohort-project/cohort/oci"
 	"github.com/cohort-project/cohort/runtime/criu"
 	"github.com/cohort-project/cohort/runtime/freezer"
+	"github.com/cohort-project/cohort/runtime/group"
 	"github.com/cohort-project/cohort/runtime/journal"
 	"github.com/cohort-project/cohort/runtime/netlock"
 	"github.com/cohort-project/cohort/runtime/tmpfs"
@@ -316,20 +317,16 @@ func (a *acts) lease() time.Duration {
 	return defaultLease
 }
 
-// poised is how long before the time to freeze at the shim does nothing but wait for it,
-// before all others, so that the members freeze together on a busy host as well.
-const poised = 2 * time.Millisecond
-
 // freeze freezes the container's own cgroup at the given time, CLOCK_MONOTONIC in
 // nanoseconds.
 func (a *acts) freeze(ctx context.Context, at int64) (asked, frozen int64, err error) {
-	left := time.Duration(at - monotonic())
+	left := time.Duration(at - group.Monotonic())
 	if left <= 0 || left > longestSprint {
 		left = sprintTime
 	}
 	until := time.Now().Add(left)
 	ready := a.readyStorage(ctx, left)
-	a.memory.sprint(ctx, time.Until(until)-poised)
+	a.memory.sprint(ctx, time.Until(until)-urgent.Poised)
 	ready()
 	a.hurry.Raise()
 	time.Sleep(time.Until(until))
@@ -431,7 +428,7 @@ func (a *acts) resume(ctx context.Context) (int64, error) {
 		return 0, err
 	}
 	a.calm()
-	return monotonic(), nil
+	return group.Monotonic(), nil
 }
 
 // stop ends the frozen container: it is killed in its cgroup before anything
@@ -446,7 +443,7 @@ func (a *acts) stop(ctx context.Context) (int64, error) {
 	err = a.fz.Kill(ctx)
 	a.killed = err == nil
 	a.calm()
-	at := monotonic()
+	at := group.Monotonic()
 	if orphans != nil {
 		if err := orphans(); err != nil {
 			log.G(ctx).WithError(err).WithField("id", a.c.id).Warn("the container's connections may be seen to end")
@@ -588,12 +585,6 @@ func flush(dir string) error {
 	}
 	defer f.Close()
 	return unix.Syncfs(int(f.Fd()))
-}
-
-func monotonic() int64 {
-	var ts unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
-	return ts.Nano()
 }
 
 func mustJSON(v any) json.RawMessage {

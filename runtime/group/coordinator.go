@@ -164,7 +164,7 @@ func (r *run) toCapture(ctx context.Context) error {
 	}
 	r.calm = sync.OnceFunc(r.cfg.Hurry())
 	if r.cfg.Lead > 0 {
-		r.freezeAt = monotonic() + int64(r.cfg.Lead)
+		r.freezeAt = Monotonic() + int64(r.cfg.Lead)
 	}
 	if err := r.phase(ctx, PhaseFreeze, r.all(PhaseFreeze, r.cfg.Limits.Freeze, r.freeze)); err != nil {
 		return err

@@ -502,14 +502,14 @@ func TestCoordinatorIsInAHurryWhileMembersStand(t *testing.T) {
 func TestAllMembersAreToldTheSameTimeToFreeze(t *testing.T) {
 	for _, lead := range []time.Duration{0, 60 * time.Millisecond} {
 		s := &script{}
-		before := monotonic()
+		before := Monotonic()
 		if _, err := s.run(t.Context(), 4, Config{Lead: lead}); err != nil {
 			t.Fatal(err)
 		}
 		if len(s.told) != 4 || slices.Max(s.told) != slices.Min(s.told) {
 			t.Errorf("lead %s: told %v", lead, s.told)
 		}
-		if at := s.told[0]; lead == 0 && at != 0 || lead > 0 && (at < before+int64(lead) || at > monotonic()+int64(lead)) {
+		if at := s.told[0]; lead == 0 && at != 0 || lead > 0 && (at < before+int64(lead) || at > Monotonic()+int64(lead)) {
 			t.Errorf("lead %s: told %d at %d", lead, at, before)
 		}
 	}

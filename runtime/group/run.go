@@ -263,8 +263,8 @@ func (r *run) measured() Result {
 	return r.result
 }
 
-// monotonic is the clock of all times that members are told and tell.
-func monotonic() int64 {
+// Monotonic is the clock of all times that members are told and tell.
+func Monotonic() int64 {
 	var ts unix.Timespec
 	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &ts)
 	return ts.Nano()

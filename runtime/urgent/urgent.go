@@ -26,6 +26,10 @@ import (
 // priority is of SCHED_RR, 1 to 99.
 const priority = 2
 
+// Poised is how long before the time to freeze a process is to be urgent: it does nothing
+// but wait for that time, so that all freeze together on a busy host as well.
+const Poised = 2 * time.Millisecond
+
 // again is when threads are looked for once more.
 const again = 50 * time.Millisecond
 

@@ -68,8 +68,8 @@ type Reducer interface {
 	SealReduced(ctx context.Context, choose func(src string) (without map[string]struct{}, err error)) error
 }
 
-// syncfs writes back everything dirty on the file system that holds dir.
-func syncfs(dir string) error {
+// Syncfs writes back everything dirty on the file system that holds dir.
+func Syncfs(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err

@@ -98,7 +98,7 @@ func (b *btrfs) Open(ctx context.Context, src, dst string) (Capture, error) {
 	if err != nil || rel == ".." || strings.HasPrefix(rel, "../") {
 		return nil, fmt.Errorf("%s is not below %s: %w", src, b.root, errdefs.ErrInvalidArgument)
 	}
-	if err := syncfs(b.root); err != nil {
+	if err := Syncfs(b.root); err != nil {
 		return nil, err
 	}
 	c := &btrfsCapture{b: b, rel: rel, dst: dst, stop: func() {}}
@@ -179,7 +179,7 @@ type btrfsCapture struct {
 // Ready implements Capture.
 func (c *btrfsCapture) Ready(ctx context.Context) error {
 	if c.tree == nil {
-		return syncfs(c.b.root)
+		return Syncfs(c.b.root)
 	}
 	err := c.tree.Ready(ctx)
 	if errors.Is(err, errTooMany) {
@@ -302,7 +302,7 @@ func (f *flusher) run(quit <-chan struct{}) {
 			return
 		case <-tick.C:
 		}
-		if err := syncfs(f.dir); err != nil {
+		if err := Syncfs(f.dir); err != nil {
 			log.L.WithError(err).Warn("flush ahead of a capture")
 			return
 		}

@@ -48,7 +48,7 @@ func (b *twoPass) Name() string { return b.name }
 func (b *twoPass) Open(ctx context.Context, src, dst string) (Capture, error) {
 	// One flush of everything first: the pass below flushes file by file, which for many
 	// dirty files is many waits.
-	if err := syncfs(src); err != nil {
+	if err := Syncfs(src); err != nil {
 		return nil, err
 	}
 	t := tree{src: src, dst: dst, content: b.content, trustTimes: b.trustTimes}

@@ -265,7 +265,7 @@ func (s *Store) Seal(ctx context.Context, id string, uppers ...string) (Info, er
 	}
 	// Both parts are on one file system, and its other writers' data is all that is
 	// flushed needlessly.
-	if err := syncfs(c.dir); err != nil {
+	if err := backend.Syncfs(c.dir); err != nil {
 		return Info{}, err
 	}
 	sealed.State = Sealed
@@ -445,16 +445,4 @@ func regularBytes(dir string) (uint64, error) {
 		return nil
 	})
 	return sum, err
-}
-
-func syncfs(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	if err := unix.Syncfs(int(d.Fd())); err != nil {
-		return fmt.Errorf("flush the file system of %s: %w", dir, err)
-	}
-	return nil
 }

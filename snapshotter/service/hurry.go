@@ -12,9 +12,6 @@ import (
 // hurryLimit is how long cohortd runs before others for a Take that does not come.
 const hurryLimit = time.Second
 
-// poised is how long before the writers are frozen cohortd begins to hurry.
-const poised = 2 * time.Millisecond
-
 // hurry has cohortd run before others from the end of a capture's Ready to its Take: containers stand
 // still for what it does then, on a host that may be busy.
 type hurry struct {

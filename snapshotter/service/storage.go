@@ -10,6 +10,7 @@ import (
 
 	storage "github.com/cohort-project/cohort/api/storage/v1"
 	"github.com/cohort-project/cohort/api/version"
+	"github.com/cohort-project/cohort/runtime/urgent"
 	"github.com/cohort-project/cohort/snapshotter/capture"
 	"github.com/cohort-project/cohort/snapshotter/volume"
 )
@@ -61,12 +62,12 @@ func (s *Storage) Ready(ctx context.Context, r *storage.CaptureRequest) (*storag
 	if ok {
 		// The writers are frozen then, and run until then: not before them.
 		select {
-		case <-time.After(time.Until(at) - poised):
+		case <-time.After(time.Until(at) - urgent.Poised):
 		case <-ctx.Done():
 		}
 	}
 	raise := <-approached
-	if ok && time.Since(at) > poised {
+	if ok && time.Since(at) > urgent.Poised {
 		s.hurry.end(r.GetId()) // Take may have been and gone
 	} else {
 		raise()
