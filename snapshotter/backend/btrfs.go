@@ -105,10 +105,10 @@ func (b *btrfs) Open(ctx context.Context, src, dst string) (Capture, error) {
 	if b.most >= 0 {
 		c.tree, err = openTree(ctx, tree{src: src, dst: dst, content: clone, lastContent: cloneClean, trustTimes: true, most: b.most})
 	}
-	if ctx.Err() != nil {
-		return nil, errors.Join(ctx.Err(), err)
-	}
 	if c.tree == nil {
+		if ctx.Err() != nil {
+			return nil, errors.Join(ctx.Err(), err)
+		}
 		c.snapshots(err)
 	}
 	return c, nil
