@@ -368,12 +368,15 @@ func (a *acts) capture(ctx context.Context) error {
 		return nil
 	})
 	beside.Go(func() error { return a.timed("tmpfs", a.archiveTmpfs) })
-	scan := func() error {
-		if err := a.timed("scan", func() error { return a.memory.scan(ctx) }); err != nil {
+	scan := func() (held []int, err error) {
+		err = a.timed("scan", func() error {
+			held, err = a.memory.scan(ctx)
 			return err
+		})
+		if err == nil {
+			eg.Go(func() error { return a.timed("pages", func() error { return a.memory.complete(ctx) }) })
 		}
-		eg.Go(func() error { return a.timed("pages", func() error { return a.memory.complete(ctx) }) })
-		return nil
+		return held, err
 	}
 	eg.Go(func() error {
 		defer close(a.taken)

@@ -172,12 +172,13 @@ func (m *memory) rearm(ctx context.Context) error {
 }
 
 // scan copies what is left and notes what is good of the copies; the container is frozen,
-// CRIU has not touched it.
-func (m *memory) scan(ctx context.Context) error {
+// CRIU has not touched it. It returns the processes of which CRIU is to dump only what was written.
+func (m *memory) scan(ctx context.Context) ([]int, error) {
 	if m.session == nil {
-		return nil
+		return nil, nil
 	}
-	return m.session.Scan(ctx)
+	err := m.session.Scan(ctx)
+	return m.session.Held(), err
 }
 
 // complete copies what is missing; the container is frozen, CRIU may be at work.

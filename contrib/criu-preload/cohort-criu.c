@@ -18,13 +18,8 @@
  * walks its whole hash to dump it, twice: 12 ms each time with the 262,144 buckets of a machine with 24 GiB,
  * while the container is frozen.
  *
- * The third, where the environment has COHORT_CRIU_SKIP_CLEAN=1: the pages that CRIU dumps of a private
- * mapping are only those written since they were last write-protected by userfaultfd. The others were copied
- * while the container ran, and are added to the images afterwards (runtime/memory/pages). CRIU asks for
- * pages with ioctl(PAGEMAP_SCAN) (criu/pagemap-cache.c, pmc_fill); one category more is required of them here.
- * The kernel reports every page of a mapping that nobody tracks as written. Shared memory is not
- * concerned: CRIU finds its pages by mincore(2) (criu/shmem.c), unless told otherwise by CRIU_TRACK_SHMEM,
- * and then nothing is changed here. The vDSO and asynchronous I/O rings are dumped whole in any case.
+ * The third, where the environment has COHORT_CRIU_SKIP_CLEAN: it leaves out pages of private mappings that somebody else has,
+ * see clean.c.
  *
  * The fourth, where the environment has COHORT_CRIU_SKIP_SHMEM=DEV:INO,DEV:INO... : of these shared memory objects
  * CRIU finds no data, see is_skipped.
@@ -317,45 +312,6 @@ __attribute__((visibility("default"))) ssize_t recvmsg(int fd, struct msghdr *ms
 	msg->msg_flags = 0;
 	msg->msg_controllen = 0;
 	return sizeof(*d);
-}
-
-/*
- * is_dump_scan knows CRIU's request for the pages to dump by its masks. The same masks without room for
- * an answer are its test of the kernel (criu/kerndat.c, check_pagemap), and guard pages are asked for otherwise.
- */
-static int is_dump_scan(const struct scan *scan)
-{
-	return scan && scan->size == sizeof(*scan) && !scan->flags && scan->vec_len &&
-	       scan->category_mask == (SCAN_PFNZERO | SCAN_FILE) && scan->category_inverted == (SCAN_PFNZERO | SCAN_FILE) &&
-	       scan->category_anyof_mask == (SCAN_PRESENT | SCAN_SWAPPED);
-}
-
-/* The request is a long in glibc and an int in musl; its upper half says nothing. */
-__attribute__((visibility("default"))) int ioctl(int fd, unsigned long request, ...)
-{
-	struct scan *scan;
-	va_list args;
-	long arg, result;
-
-	va_start(args, request);
-	arg = va_arg(args, long);
-	va_end(args);
-	scan = (struct scan *)arg;
-	request = (uint32_t)request;
-	if (request != SCAN || !is_dump_scan(scan) || !is_set("COHORT_CRIU_SKIP_CLEAN") || getenv("CRIU_TRACK_SHMEM"))
-		return (int)answer(raw(SYS_ioctl, fd, (long)request, arg, 0, 0, 0));
-	/*
-	 * CRIU wants no page of a file, and all pages of shared memory are a file's (fs/proc/task_mmu.c,
-	 * pagemap_page_category). The kernel would look at each of them, in every process that maps it.
-	 */
-	if (is_shared(fd, scan->start, scan->end)) {
-		scan->walk_end = scan->end;
-		return 0;
-	}
-	scan->category_mask |= SCAN_WRITTEN;
-	result = scan_written(fd, scan);
-	scan->category_mask &= ~(uint64_t)SCAN_WRITTEN;
-	return (int)answer(result);
 }
 
 /* next_number reads a decimal number at *p and the character behind it, which must be end or the last one of all. */

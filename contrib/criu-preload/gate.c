@@ -9,7 +9,7 @@
  *	'A'	CRIU is about to look for the container's tasks. It has read what it needs to know of the host, itself and
  *		its libraries by then, a millisecond. It goes on when it reads 'a': when the tasks are frozen.
  *	'B'	CRIU has seized all tasks and read the first one's mappings, and is about to change a register or a byte of it
- *		for the first time. It goes on when it reads 'b'.
+ *		for the first time. It goes on when it reads 'b', and what clean.c is to know.
  *
  * Whoever asks for this must see each of them. CRIU ends when the other end does.
  */
@@ -140,6 +140,8 @@ __attribute__((visibility("default"))) long ptrace(enum __ptrace_request request
 	if (gate >= 0 && next == 'B' && !only_looks((int)request)) {
 		say('B');
 		wait_for('b');
+		if (hear_told(gate))
+			raw(SYS_exit_group, 1, 0, 0, 0, 0, 0);
 		next = 0;
 	}
 	result = answer(raw(SYS_ptrace, (long)request, (int)pid, addr, PEEKS(request) ? (long)&word : data, 0, 0));

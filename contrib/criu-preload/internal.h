@@ -45,8 +45,11 @@ char *append_text(char *p, const char *text);
 /* is_set says whether a variable of the environment is "1". */
 int is_set(const char *name);
 
-/* scan_written does a scan that asks for SCAN_WRITTEN among others, faster than the kernel alone. */
-long scan_written(int fd, struct scan *scan);
+/* is_same_text compares two texts. */
+int is_same_text(const char *a, const char *b);
+
+/* hear_told reads from a socket of which processes clean pages are left out; not 0 if it ends before. */
+int hear_told(int socket);
 
 /*
  * note_mappings reads the mappings of the processes to be dumped, and keep_noted reads them again when they change, until
@@ -54,6 +57,9 @@ long scan_written(int fd, struct scan *scan);
  */
 void note_mappings(int socket);
 void keep_noted(int socket);
+
+/* pagemap_pid is whose pagemap fd is; 0 where that is not known. */
+long pagemap_pid(int fd);
 
 /* is_shared says whether a range of the process whose pagemap fd is lies in one shared mapping, as far as that is noted. */
 int is_shared(int fd, uint64_t start, uint64_t end);

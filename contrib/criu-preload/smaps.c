@@ -44,10 +44,11 @@ struct noted {
 	int shown; /* CRIU has been given it: these are the mappings of the frozen process */
 };
 
-/* The process whose pagemap CRIU opened last, where its mappings are known, and how far they have been looked through. */
+/* The pagemap that CRIU opened last, whose it is, its mappings where they are known, and how far they have been looked through. */
 static struct {
 	int fd;
 	uint64_t ino;
+	long pid;
 	const struct noted *of;
 	const char *at;
 } pagemap = { .fd = -1 };
@@ -391,13 +392,18 @@ static uint64_t inode(int fd)
 	return raw(SYS_fstat, fd, (long)&st, 0, 0, 0, 0) == 0 ? (uint64_t)st.st_ino : 0;
 }
 
+long pagemap_pid(int fd)
+{
+	return fd >= 0 && fd == pagemap.fd && inode(fd) == pagemap.ino ? pagemap.pid : 0;
+}
+
 /* is_shared begins where the last range was: they are asked for in ascending order, mostly. */
 int is_shared(int fd, uint64_t start, uint64_t end)
 {
 	const char *text, *last;
 	int result;
 
-	if (fd < 0 || fd != pagemap.fd || !pagemap.of || inode(fd) != pagemap.ino)
+	if (!pagemap.of || !pagemap_pid(fd))
 		return 0;
 	text = pagemap.of->text;
 	last = text + pagemap.of->size;
@@ -410,8 +416,10 @@ int is_shared(int fd, uint64_t start, uint64_t end)
 /* look_up notes of which process a pagemap is. */
 static void look_up(int dir, int fd)
 {
-	const struct noted *n = find_noted(pid_of(dir));
+	long pid = pid_of(dir);
+	const struct noted *n = find_noted(pid);
 
+	pagemap.pid = pid;
 	pagemap.fd = fd;
 	pagemap.ino = inode(fd);
 	pagemap.of = n && n->shown ? n : NULL;
@@ -426,7 +434,7 @@ static int open_at(int dir, const char *path, int flags, mode_t mode)
 		if (fd >= 0)
 			return fd;
 	}
-	if (noted_count && dir >= 0 && starts(path, path + sizeof("pagemap"), "pagemap") && !path[sizeof("pagemap") - 1]) {
+	if (dir >= 0 && starts(path, path + sizeof("pagemap"), "pagemap") && !path[sizeof("pagemap") - 1]) {
 		int fd = (int)raw(SYS_openat, dir, (long)path, flags, mode, 0, 0);
 
 		look_up(dir, fd);

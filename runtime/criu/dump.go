@@ -93,7 +93,7 @@ func Start(ctx context.Context, cfg Config) (_ *Dump, retErr error) {
 	}
 	var env []string
 	if cfg.SkipClean {
-		env = append(env, "COHORT_CRIU_SKIP_CLEAN=1") // see contrib/criu-preload
+		env = append(env, "COHORT_CRIU_SKIP_CLEAN=told") // see contrib/criu-preload
 	}
 	if cfg.SkipShared != "" {
 		env = append(env, "COHORT_CRIU_SKIP_SHMEM="+cfg.SkipShared)
@@ -187,7 +187,8 @@ func respError(resp *rpc.CriuResp) error {
 func (d *Dump) Pid() int { return d.s.cmd.Process.Pid }
 
 // Finish lets CRIU dump the (frozen) container. before runs first, beside what CRIU can do
-// without changing anything in a task, and the dump fails if it does. atPostDump runs when all is in
+// without changing anything in a task, and the dump fails if it does. Of the processes that it returns, by their pid
+// here, clean pages are left out (SkipClean). atPostDump runs when all is in
 // the images and all tasks are still stopped; its error fails the dump too, and
 // CRIU then leaves the tasks as they were. When Finish returns without an error CRIU
 // has let go of the tasks, the cgroup is frozen as before, and [Dump.Save] is due;
@@ -195,13 +196,13 @@ func (d *Dump) Pid() int { return d.s.cmd.Process.Pid }
 //
 // When ctx ends, Finish waits for grace before it kills CRIU: a CRIU killed in
 // mid-dump leaves its parasite code in the tasks.
-func (d *Dump) Finish(ctx context.Context, grace time.Duration, before, atPostDump func() error) error {
+func (d *Dump) Finish(ctx context.Context, grace time.Duration, before func() (held []int, err error), atPostDump func() error) error {
 	let := func() error { return d.s.ack(true) }
 	ready := func() error { return nil }
 	if d.gate != nil {
 		let = func() error { return d.gate.open(gateTasks) }
 		ready = d.gate.openAfter(before)
-	} else if err := before(); err != nil {
+	} else if _, err := before(); err != nil {
 		return err
 	}
 	done := false

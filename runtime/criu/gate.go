@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"sync"
 	"time"
 
@@ -76,27 +77,50 @@ func (g *gate) await(ctx context.Context, at byte) error {
 	return nil
 }
 
-// open lets CRIU go on.
-func (g *gate) open(at byte) error {
-	if _, err := g.conn.Write([]byte{at | 0x20}); err != nil {
+// open lets CRIU go on, with what it is told there.
+func (g *gate) open(at byte, told ...byte) error {
+	if _, err := g.conn.Write(append([]byte{at | 0x20}, told...)); err != nil {
 		return fmt.Errorf("open gate %q to CRIU: %w", at, err)
 	}
 	return nil
 }
 
-// openAfter starts f, and lets CRIU touch the tasks when it has returned. The function
+// everybody stands for all processes in what CRIU is told.
+const everybody = "*\n"
+
+// skipOf is what CRIU is told of the processes whose clean pages it is to leave out.
+func skipOf(pids []int) []byte {
+	var b []byte
+	for i, pid := range pids {
+		if i > 0 {
+			b = append(b, ',')
+		}
+		b = strconv.AppendInt(b, int64(pid), 10)
+	}
+	return append(b, '\n')
+}
+
+// openAfter starts f, and lets CRIU touch the tasks when it has returned the processes
+// whose clean pages CRIU is to leave out. The function
 // that it returns waits for that and may be called again; it returns the error of f, and
 // one if CRIU has not waited. CRIU is let on after an error of f as well: ended where it is, it would leave the
 // tasks running that it found frozen.
-func (g *gate) openAfter(f func() error) func() error {
+func (g *gate) openAfter(f func() ([]int, error)) func() error {
 	result := make(chan error, 1)
 	go func() {
 		finished := make(chan error, 1)
-		go func() { finished <- f() }()
+		told := []byte(everybody) // a dump that fails is to be short
+		go func() {
+			skip, err := f()
+			if err == nil {
+				told = skipOf(skip)
+			}
+			finished <- err
+		}()
 		err := g.read(gateTouch)
 		fErr := <-finished
 		if err == nil {
-			err = g.open(gateTouch)
+			err = g.open(gateTouch, told...)
 		}
 		if err != nil {
 			err = fmt.Errorf("CRIU did not wait at gate %q: %w", gateTouch, err)

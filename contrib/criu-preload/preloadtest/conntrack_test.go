@@ -72,7 +72,7 @@ func TestConnectionTrackingIsAnsweredEmptyOnlyWhereAskedFor(t *testing.T) {
 	}
 	dir := t.TempDir()
 	library := filepath.Join(dir, "preload.so")
-	output(t, "bash", "-c", `. ../../setup/lib.sh; . ../../setup/tools.sh; build_preload "$0"`, library)
+	buildLibrary(t, library)
 	source, program := filepath.Join(dir, "dumper.c"), filepath.Join(dir, "dumper")
 	if err := os.WriteFile(source, []byte(dumper), 0o600); err != nil {
 		t.Fatal(err)

@@ -40,8 +40,7 @@ static void doorman(int gate)
 		usleep(100000);
 		printf("says %c\n", c);
 		fflush(stdout);
-		c |= 0x20;
-		if (write(gate, &c, 1) != 1)
+		if (dprintf(gate, "%s", c == 'B' ? "b\n" : "a") < 1)
 			break;
 	}
 }

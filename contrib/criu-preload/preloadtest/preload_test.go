@@ -67,7 +67,7 @@ func TestLimitsOfAnotherUserAreReadWithoutSysResource(t *testing.T) {
 	}
 	dir := t.TempDir()
 	library := filepath.Join(dir, "libcohort-criu.so")
-	output(t, "bash", "-c", `. ../../setup/lib.sh; . ../../setup/tools.sh; build_preload "$0"`, library)
+	buildLibrary(t, library)
 	source, program := filepath.Join(dir, "asker.c"), filepath.Join(dir, "asker")
 	if err := os.WriteFile(source, []byte(asker), 0o600); err != nil {
 		t.Fatal(err)

@@ -79,7 +79,7 @@ func TestListedSharedMemoryIsFoundEmpty(t *testing.T) {
 	}
 	dir := t.TempDir()
 	library := filepath.Join(dir, "preload.so")
-	output(t, "bash", "-c", `. ../../setup/lib.sh; . ../../setup/tools.sh; build_preload "$0"`, library)
+	buildLibrary(t, library)
 	source, program := filepath.Join(dir, "seeker.c"), filepath.Join(dir, "seeker")
 	if err := os.WriteFile(source, []byte(seeker), 0o600); err != nil {
 		t.Fatal(err)

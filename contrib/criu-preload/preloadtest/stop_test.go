@@ -11,6 +11,12 @@ import (
 	"testing"
 )
 
+// buildLibrary compiles it as the set-up does.
+func buildLibrary(t *testing.T, library string) {
+	t.Helper()
+	output(t, "bash", "-c", `. ../../setup/lib.sh; . ../../setup/tools.sh; build_preload "$0"`, library)
+}
+
 // build makes the library and a program.
 func build(t *testing.T, source string) (library, program string) {
 	t.Helper()
@@ -21,7 +27,7 @@ func build(t *testing.T, source string) (library, program string) {
 	}
 	dir := t.TempDir()
 	library, program = filepath.Join(dir, "preload.so"), filepath.Join(dir, "program")
-	output(t, "bash", "-c", `. ../../setup/lib.sh; . ../../setup/tools.sh; build_preload "$0"`, library)
+	buildLibrary(t, library)
 	if err := os.WriteFile(program+".c", []byte(source), 0o600); err != nil {
 		t.Fatal(err)
 	}

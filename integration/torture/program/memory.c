@@ -22,6 +22,7 @@
 
 #define RW (PROT_READ | PROT_WRITE)
 #define BASE_FILE "/data/base"
+#define JOIN_PAGES 8U
 #define LOCKED_PAGES 12U /* an unprivileged process may lock 16 */
 
 struct region regions[MAX_REGIONS];
@@ -256,6 +257,37 @@ static void grow(struct region *r)
 	count(OP_GROW);
 }
 
+/*
+ * join moves an empty mapping, which has been there for a while, to the end of a region. Where both are registered
+ * with userfaultfd the kernel makes them one that is not, and leaves the marks of what was write-protected in the
+ * region's page tables (mm/mremap.c, copy_vma and mremap_userfaultfd_prep).
+ */
+static void join(struct region *r)
+{
+	static __thread char *empty;
+	static __thread int of;
+	struct object *o = r->o;
+	size_t size = JOIN_PAGES * PAGE;
+	char *end = r->addr + o->pages * PAGE;
+
+	if (empty && of == my_pid && o->pages + JOIN_PAGES <= MAX_PAGES && total_pages() + JOIN_PAGES <= ctl->memory &&
+	    mmap(end, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) == (void *)end) {
+		if (mremap(empty, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, end) != (void *)end)
+			fail("mremap of an empty mapping to the end of a region: %s", strerror(errno));
+		empty = NULL;
+		memset(r->prot + o->pages, RW, JOIN_PAGES);
+		o->pages += JOIN_PAGES;
+		count(OP_JOIN);
+	}
+	if (!empty || of != my_pid) {
+		of = my_pid;
+		/* Between two pages that are not alike, so that it is a mapping of its own. */
+		empty = mmap(reserve(size + 2 * PAGE) + PAGE, size, RW, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+		if (empty == MAP_FAILED)
+			fail("mmap: %s", strerror(errno));
+	}
+}
+
 static void shrink(struct region *r)
 {
 	struct object *o = r->o;
@@ -413,7 +445,7 @@ static void change(struct region *r)
 	struct object *o = r->o;
 	uint32_t first, n = some(o, &first);
 
-	switch (upto(15)) {
+	switch (upto(17)) {
 	case 0:
 	case 1:
 		give_back(r, MADV_DONTNEED);
@@ -465,6 +497,10 @@ static void change(struct region *r)
 	case 14:
 		if (r->kind == ANON && total_pages() > ctl->memory / 2)
 			drop(r);
+		break;
+	default:
+		if (r->kind == ANON)
+			join(r);
 	}
 }
 

@@ -28,7 +28,7 @@ static const char *const kinds[KINDS] = {
 };
 
 static const char *const ops[OPS] = {
-	"write", "write_run", "dontneed", "free", "pageout", "move", "grow", "shrink", "dontunmap",
+	"write", "write_run", "dontneed", "free", "pageout", "move", "grow", "join", "shrink", "dontunmap",
 	"remap", "readonly", "guard", "readwrite", "lock", "new", "drop", "collapse", "brk", "hugetlb",
 	"private_file", "shared_write", "shared_pwrite", "shared_remap", "punch", "file_append", "file_rewrite",
 	"file_truncate", "file_rename", "file_replace", "file_unlink", "file_link", "file_dir", "shm_file",

@@ -179,17 +179,42 @@ func (s *Session) Scan(ctx context.Context) error {
 		if err != nil && ctx.Err() == nil {
 			return err
 		}
-		var list []pages.Range
-		err = m.tracker.Clean(func(r track.Range) error {
-			list = append(list, pages.Range(r))
-			return nil
-		})
+		var list, strays []pages.Range
+		err = m.tracker.Clean(appendTo(&list), appendTo(&strays))
 		if err := m.ended(err); err != nil || m.gone {
 			return err
+		}
+		if len(strays) > 0 {
+			// CRIU will not have them; what the store has of them is of another time.
+			c, err := m.store.Copy(ctx, m.Pid, slices.Values(strays))
+			copied.Add(c.Pages * pageSize)
+			if err := m.ended(err); err != nil || m.gone {
+				return err
+			}
+			list = append(list, strays...)
 		}
 		m.clean = list
 		return nil
 	})
+}
+
+func appendTo(list *[]pages.Range) func(track.Range) error {
+	return func(r track.Range) error {
+		*list = append(*list, pages.Range(r))
+		return nil
+	}
+}
+
+// Held are the processes, by their pid here, of which Scan has what the kernel does not say to be
+// written: CRIU may leave that out. Of all others it must dump every page, whatever the page tables say.
+func (s *Session) Held() []int {
+	var pids []int
+	for _, m := range s.members {
+		if m.clean != nil {
+			pids = append(pids, m.Pid)
+		}
+	}
+	return pids
 }
 
 // SkipShared is for criu.Config: the shared memory that CRIU is to leave out.

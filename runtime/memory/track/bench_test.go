@@ -28,7 +28,6 @@ func BenchmarkTracking(b *testing.B) {
 				}
 				note(what, time.Since(begin))
 			}
-			ignore := func(Range) error { return nil }
 			ctx := context.Background()
 			for range b.N {
 				s.do("work 0 1")
@@ -41,9 +40,9 @@ func BenchmarkTracking(b *testing.B) {
 				timed("take-none", func() error { return tr.Take(ctx, ignore) })
 				note("write-1%", time.Duration(s.do("work 0 100")[0]))
 				timed("written-1%", func() error { _, err := tr.Written(); return err })
-				timed("clean-1%", func() error { return tr.Clean(ignore) })
+				timed("clean-1%", func() error { return tr.Clean(ignore, ignore) })
 				timed("take-1%", func() error { return tr.Take(ctx, ignore) })
-				timed("clean-all", func() error { return tr.Clean(ignore) })
+				timed("clean-all", func() error { return tr.Clean(ignore, ignore) })
 				note("write-tracked", time.Duration(s.do("work 0 1")[0]))
 				note("write-again", time.Duration(s.do("work 0 1")[0]))
 				timed("refresh", func() error { _, err := tr.Refresh(ctx); return err })

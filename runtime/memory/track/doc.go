@@ -9,7 +9,7 @@
 //	t.Refresh(ctx)                     // mappings made since
 //	t.Take(ctx, copyPages)             // then: what was written since the last Take
 //	... freeze the process ...
-//	t.Clean(keep)                      // of what was copied, this is still as it was
+//	t.Clean(keep, copyPages)           // of what was copied, this is still as it was; and strays
 //
 // How: a userfaultfd is made inside the process by an injected system call, taken
 // with pidfd_getfd, and closed there. Private mappings are registered with it for
@@ -25,6 +25,9 @@
 // every method fails with ErrExec or ErrGone. One class of writes is invisible to page
 // tables: a transfer that was begun before a Take and ends after it (O_DIRECT, AIO,
 // RDMA). Blind names the processes that can do such a thing.
+//
+// The other way round the page tables are not to be believed by somebody else: marks of write protection
+// may stay where nothing is registered any more, and then tell nothing. Clean reports those pages as strays.
 //
 // The injection is done by a process of its own, the injector: this program, run
 // again, in its own session. Whoever imports the package gets the hook in init. If the

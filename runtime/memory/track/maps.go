@@ -4,6 +4,7 @@ package track
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"iter"
 	"os"
@@ -158,6 +159,17 @@ func split(r Range, spans []span, fn func(part Range, inside bool) error) error 
 		r.Start = end
 	}
 	return nil
+}
+
+// within reports whether all of r is in the sorted, disjoint spans.
+func within(r Range, spans []span) bool {
+	err := split(r, spans, func(_ Range, inside bool) error {
+		if !inside {
+			return errors.ErrUnsupported
+		}
+		return nil
+	})
+	return err == nil
 }
 
 // span is a stretch of private memory of one kind.

@@ -75,7 +75,7 @@ func TestExecIsNoticed(t *testing.T) {
 			if err := tr.Take(context.Background(), never); !errors.Is(err, ErrExec) {
 				t.Errorf("Take: %v", err)
 			}
-			if err := tr.Clean(never); !errors.Is(err, ErrExec) {
+			if err := tr.Clean(never, never); !errors.Is(err, ErrExec) {
 				t.Errorf("Clean: %v", err)
 			}
 			if _, err := tr.Written(); !errors.Is(err, ErrExec) {
@@ -104,7 +104,7 @@ func TestExitIsNoticed(t *testing.T) {
 	if err := tr.Take(context.Background(), func(Range) error { return nil }); !errors.Is(err, ErrGone) {
 		t.Errorf("Take: %v", err)
 	}
-	if err := tr.Clean(func(Range) error { return nil }); !errors.Is(err, ErrGone) {
+	if err := tr.Clean(ignore, ignore); !errors.Is(err, ErrGone) {
 		t.Errorf("Clean: %v", err)
 	}
 	if err := tr.Close(); err != nil {
@@ -417,7 +417,7 @@ func TestNothingIsLeftInTheProcess(t *testing.T) {
 		if err := tr.Close(); err != nil {
 			t.Fatal(err)
 		}
-		if err := tr.Clean(func(Range) error { return nil }); !errors.Is(err, ErrClosed) {
+		if err := tr.Clean(ignore, ignore); !errors.Is(err, ErrClosed) {
 			t.Errorf("Clean after Close: %v", err)
 		}
 	}

@@ -66,23 +66,49 @@ func (t *Tracker) Take(ctx context.Context, fn func(Range) error) error {
 //
 // Only mappings that are private and trackable now can be clean, and only if they
 // have been registered since they exist. For a GiB of clean pages it takes half a millisecond.
-func (t *Tracker) Clean(fn func(Range) error) error {
+//
+// stray gets, in address order too, the populated pages of private mappings that are not clean
+// although the kernel says of them that they were not written. Whoever believes the kernel
+// passes them over. They are there where a mapping has lost its registration, and the page table has
+// its marks still: a registered mapping that has no page yet, moved by mremap(2) to where it
+// continues another registered one, becomes one with it, and the kernel takes all of it for
+// the one that was moved (mm/mremap.c, copy_vma and then mremap_userfaultfd_prep, Linux 6.18).
+func (t *Tracker) Clean(fn, stray func(Range) error) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	sel := selection{with: uapi.PageIsWPAllowed, without: uapi.PageIsWritten}
 	err := t.eachPrivate(func(s span, tracked bool) error {
-		if !tracked {
-			return nil
-		}
-		if s.alone && allowsWP(t.pagemap, s.Start) {
+		switch {
+		case !tracked:
+			return t.marked(s, 0, stray)
+		case s.alone && allowsWP(t.pagemap, s.Start):
 			return t.scanRest(s.Range, fn)
 		}
-		return t.scan(context.Background(), s, sel, 0, fn)
+		if err := t.scan(context.Background(), s, sel, 0, fn); err != nil {
+			return err
+		}
+		return t.marked(s, uapi.PageIsWPAllowed, stray)
 	})
 	if err != nil {
 		return t.failed("finding the unchanged pages of", err)
 	}
 	return nil
+}
+
+// marked gives fn the populated pages that the kernel does not say to be written, but for those
+// of mappings of a kind (PAGE_IS_WPALLOWED, or 0), which the kernel passes over as a whole.
+func (t *Tracker) marked(s span, without uint64, fn func(Range) error) error {
+	sel := selection{without: without | uapi.PageIsWritten}
+	if s.file {
+		// Mostly there are none, and then it need not be asked which are the file's: see scan.
+		some, err := found(func(fn func(Range) error) error {
+			return t.scan(context.Background(), span{Range: s.Range}, sel, 0, fn)
+		})
+		if err != nil || !some {
+			return err
+		}
+	}
+	return t.scan(context.Background(), s, sel, 0, fn)
 }
 
 // Written counts the populated pages that would have to be copied now: written
@@ -167,7 +193,7 @@ func (t *Tracker) scan(ctx context.Context, s span, sel selection, flags uint64,
 			if err := t.report(region, fn); err != nil {
 				if flags&uapi.PmScanWPMatching != 0 {
 					for _, left := range t.vec[i:n] {
-						t.giveBack([]Range{{left.Start, left.End}})
+						t.giveBack(Range{left.Start, left.End})
 					}
 				}
 				return err
@@ -260,7 +286,11 @@ func (t *Tracker) report(region uapi.PageRegion, fn func(Range) error) error {
 	var buf [8 * batch]byte
 	var run Range
 	var unsure []Range
-	defer func() { t.giveBack(unsure) }()
+	defer func() {
+		for _, r := range unsure {
+			t.giveBack(r)
+		}
+	}()
 	for at := r.Start; at < r.End; {
 		n := min((r.End-at)/pageSize, batch)
 		if _, err := t.pagemap.ReadAt(buf[:8*n], int64(at/pageSize*8)); err != nil {
@@ -299,18 +329,28 @@ func (t *Tracker) report(region uapi.PageRegion, fn func(Range) error) error {
 }
 
 // giveBack makes pages count as written again.
-func (t *Tracker) giveBack(ranges []Range) {
-	for _, r := range ranges {
-		// It fails only where the mapping is gone, and then so are its pages.
-		_ = uapi.UffdUnprotect(t.uffd, r.Start, r.End)
+func (t *Tracker) giveBack(r Range) {
+	// It fails at the first page that is not registered any more, but others behind it may be.
+	if uapi.UffdUnprotect(t.uffd, r.Start, r.End) == nil || r.Size() <= pageSize {
+		return
 	}
+	half := r.Start + r.Size()/2/pageSize*pageSize
+	t.giveBack(Range{r.Start, half})
+	t.giveBack(Range{half, r.End})
 }
 
 // hasPrivatePages reports whether a mapping of a file has pages of its own.
 func (t *Tracker) hasPrivatePages(s span) (bool, error) {
-	found := errors.New("found")
-	err := t.scan(context.Background(), s, selection{}, 0, func(Range) error { return found })
-	if errors.Is(err, found) {
+	return found(func(fn func(Range) error) error {
+		return t.scan(context.Background(), s, selection{}, 0, fn)
+	})
+}
+
+// found reports whether there is anything that a scan gives to its function.
+func found(scan func(fn func(Range) error) error) (bool, error) {
+	stop := errors.New("found")
+	err := scan(func(Range) error { return stop })
+	if errors.Is(err, stop) {
 		return true, nil
 	}
 	return false, err

@@ -207,6 +207,8 @@ func trackedSubject(t testing.TB, pages int) (*subject, Range, *Tracker) {
 	return s, m, tr
 }
 
+func ignore(Range) error { return nil }
+
 // pageSet collects what a tracker reports of one range, as page numbers within it.
 type pageSet map[int]bool
 
@@ -240,7 +242,7 @@ func clean(t testing.TB, tr *Tracker, within Range) pageSet {
 	asked := func(alone uint64) pageSet {
 		defer func(a uint64) { tr.alone = a }(tr.alone)
 		tr.alone = alone
-		return pagesOf(t, within, tr.Clean)
+		return pagesOf(t, within, func(fn func(Range) error) error { return tr.Clean(fn, ignore) })
 	}
 	// What is clean, and what is left when all that is not is taken away.
 	direct, rest := asked(math.MaxUint64), asked(0)

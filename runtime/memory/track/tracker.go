@@ -297,19 +297,24 @@ func (t *Tracker) refresh(ctx context.Context) (int, error) {
 				continue
 			}
 		}
-		switch err := uapi.UffdRegisterWP(t.uffd, a.Start, a.End); {
+		if already && within(a.Range, t.tracked) {
+			// Not once more: were it another mapping by now, the marks of that would count.
+			tracked = join(tracked, span{Range: a.Range, file: a.file()})
+			continue
+		}
+		fresh := a.Range
+		if already {
+			// It has grown, or belongs to another userfaultfd, which the first page tells.
+			fresh.End = fresh.Start + pageSize
+		}
+		switch err := uapi.UffdRegisterWP(t.uffd, fresh.Start, fresh.End); {
 		case err == nil:
 			tracked = join(tracked, span{Range: a.Range, file: a.file()})
 			if !already {
 				added++
-				if t.tracked != nil {
-					// Moved here by mremap it may have brought the marks along of where it
-					// was, on kernels that leave them there: its pages are not the ones that
-					// were copied from these addresses.
-					for r := range (span{Range: a.Range}).pieces(takePiece) {
-						t.giveBack([]Range{r})
-					}
-				}
+			}
+			if err := t.unmark(fresh); err != nil {
+				return added, err
 			}
 		case t.spaceEnded():
 			return added, t.goneOrExec()
@@ -323,6 +328,26 @@ func (t *Tracker) refresh(ctx context.Context) (int, error) {
 	}
 	t.tracked, t.untracked = tracked, untracked
 	return added, nil
+}
+
+// unmark makes the pages of a mapping that has been registered just now count as written. It may
+// have the marks of where it was before, on kernels that leave them there when a mapping moves, or of
+// an earlier registration (see Clean): its pages are not the ones that were copied from these addresses.
+func (t *Tracker) unmark(r Range) error {
+	for r := range (span{Range: r}).pieces(takePiece) {
+		if t.tracked == nil {
+			// At first it is nearly never so, and looking costs a tenth of changing.
+			marked, err := found(func(fn func(Range) error) error { return t.marked(span{Range: r}, 0, fn) })
+			if err != nil {
+				return err
+			}
+			if !marked {
+				continue
+			}
+		}
+		t.giveBack(r)
+	}
+	return nil
 }
 
 // maps reads the mappings of now; through another thread when the one before has

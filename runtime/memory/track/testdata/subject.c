@@ -153,8 +153,8 @@ static void one(char *line)
 			return fail();
 		return answer("ok %lu %lu", (unsigned long)s->at, s->len);
 	}
-	if (!strcmp(cmd, "unmap")) {
-		if (munmap((void *)s->at, s->len))
+	if (!strcmp(cmd, "unmap")) { // unmap SLOT [FROM PAGES]
+		if (munmap((void *)(s->at + n2 * PAGE), n3 ? n3 * PAGE : s->len))
 			return fail();
 		return answer("ok", 0, 0);
 	}
@@ -165,6 +165,14 @@ static void one(char *line)
 			return fail();
 		s->at = p, s->len = len;
 		return answer("ok %lu %lu", (unsigned long)p, len);
+	}
+	if (!strcmp(cmd, "join")) { // join SLOT OTHER: move the other to the end of the first, which has it then
+		struct slot *o = &slots[n2 & 15];
+		void *end = (void *)(s->at + s->len);
+		if (mremap((void *)o->at, o->len, o->len, MREMAP_MAYMOVE | MREMAP_FIXED, end) != end)
+			return fail();
+		s->len += o->len;
+		return answer("ok %lu %lu", (unsigned long)s->at, s->len);
 	}
 	if (!strcmp(cmd, "resize")) { // resize SLOT PAGES: in place
 		void *p = mremap((void *)s->at, s->len, n2 * PAGE, 0);
