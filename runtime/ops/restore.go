@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"net/url"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,7 +19,6 @@ import (
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/containerd/v2/pkg/cio"
 	"github.com/containerd/errdefs"
 	specs "github.com/opencontainers/runtime-spec/specs-go"
 	"golang.org/x/sync/errgroup"
@@ -406,17 +404,11 @@ func (x *restorer) start(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, arriveTimeout)
 	defer cancel()
 	for _, r := range x.members {
-		creator := cio.NullIO
-		if r.m.Checkpoint.Terminal {
-			// Nobody will be there to read a fifo, and a full one would stop the
-			// processes. Who wants to sit at the terminal restores with a client.
-			creator = cio.TerminalLogURI(&url.URL{Path: os.DevNull})
-		}
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
 		whole, cancel := context.WithTimeout(context.WithoutCancel(ctx), makeTimeout)
-		task, err := r.container.NewTask(whole, creator)
+		task, err := r.container.NewTask(whole, streams(r.m.Checkpoint))
 		cancel()
 		if err != nil {
 			return fmt.Errorf("member %s: %w", r.m.Name, err)

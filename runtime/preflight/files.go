@@ -167,8 +167,12 @@ func (c *checker) named(m *member, p *process, fd int, path, link string, once f
 		// criu/files-reg.c, dump_one_reg_file: "Can't lookup mount".
 		if fd <= 2 {
 			if once("stdio:" + link) {
-				c.find(Refuse, CodeStdio, m, p, "give the container pipes, a terminal or /dev/null as its standard streams",
-					"has %s, a file outside the container, as its %s", link, []string{"standard input", "standard output", "standard error"}[fd])
+				what := "a file outside the container"
+				if st.Mode&unix.S_IFMT == unix.S_IFCHR {
+					what = "a device of the host's and not the container's own"
+				}
+				c.find(Refuse, CodeStdio, m, p, "create the container anew, with pipes, a terminal or null streams as its standard streams (one that a client has restored: let the client give it such as it had)",
+					"has %s, %s, as its %s", link, what, []string{"standard input", "standard output", "standard error"}[fd])
 			}
 		} else if once("outside:" + link) {
 			c.find(Refuse, CodeOutsideFile, m, p, "mount the file into the container, or have it closed before the container starts",
