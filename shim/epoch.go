@@ -360,7 +360,7 @@ func (a *acts) unlock() error {
 // names in the container's file system only for open files that have lost theirs, and
 // storage is then taken anew when they are there.
 func (a *acts) capture(ctx context.Context) error {
-	var eg, beside errgroup.Group
+	var eg, beside, rest errgroup.Group
 	early := errors.New("storage was not taken yet")
 	a.taken = make(chan struct{})
 	beside.Go(func() error {
@@ -368,38 +368,43 @@ func (a *acts) capture(ctx context.Context) error {
 		return nil
 	})
 	beside.Go(func() error { return a.timed("tmpfs", a.archiveTmpfs) })
-	scan := func() (held []int, err error) {
-		err = a.timed("scan", func() error {
-			held, err = a.memory.scan(ctx)
-			return err
-		})
-		if err == nil {
-			eg.Go(func() error { return a.timed("pages", func() error { return a.memory.complete(ctx) }) })
-		}
-		return held, err
-	}
 	eg.Go(func() error {
 		defer close(a.taken)
 		return a.timed("shared", func() error { return a.takeTmpfs(ctx) })
 	})
 	eg.Go(func() error {
 		return a.timed("criu", func() error {
-			return a.dump.Finish(ctx, dumpGrace, scan, func() error {
-				if err := beside.Wait(); err != nil {
-					return err
-				}
-				if err := a.timed("rearm", func() error { return a.memory.rearm(ctx) }); err != nil {
-					return err
-				}
-				linked, err := a.dump.LinksFiles()
-				if err != nil || (early == nil && !linked) {
-					return err
-				}
-				return a.takeStorage(ctx)
+			return a.dump.Finish(ctx, dumpGrace, criu.Hooks{
+				Before: func() (held []int, err error) {
+					err = a.timed("scan", func() error {
+						held, err = a.memory.scan(ctx)
+						return err
+					})
+					return held, err
+				},
+				// Not sooner: while CRIU seizes the tasks every processor is busy with that or with a scan.
+				Beside: func() {
+					rest.Go(func() error { return a.timed("pages", func() error { return a.memory.complete(ctx) }) })
+				},
+				PostDump: func() error {
+					if err := errors.Join(beside.Wait(), rest.Wait()); err != nil {
+						return err
+					}
+					if err := a.timed("rearm", func() error { return a.memory.rearm(ctx) }); err != nil {
+						return err
+					}
+					linked, err := a.dump.LinksFiles()
+					if err != nil || (early == nil && !linked) {
+						return err
+					}
+					return a.takeStorage(ctx)
+				},
 			})
 		})
 	})
-	return errors.Join(eg.Wait(), beside.Wait())
+	err := errors.Join(eg.Wait(), beside.Wait())
+	_ = rest.Wait() // its error has failed the dump
+	return err
 }
 
 // readyStorage has the capture follow the container's files until the function that it

@@ -186,24 +186,35 @@ func respError(resp *rpc.CriuResp) error {
 // Pid of the CRIU process, for the undo record.
 func (d *Dump) Pid() int { return d.s.cmd.Process.Pid }
 
-// Finish lets CRIU dump the (frozen) container. before runs first, beside what CRIU can do
-// without changing anything in a task, and the dump fails if it does. Of the processes that it returns, by their pid
-// here, clean pages are left out (SkipClean). atPostDump runs when all is in
-// the images and all tasks are still stopped; its error fails the dump too, and
-// CRIU then leaves the tasks as they were. When Finish returns without an error CRIU
+// Hooks are what is done along with a dump.
+type Hooks struct {
+	// Before runs first, beside what CRIU can do without changing anything in a task.
+	// Of the processes that it returns, by their pid here, clean pages are left out
+	// (SkipClean). Its error fails the dump.
+	Before func() (held []int, err error)
+	// Beside is called when CRIU has been let at the tasks, and is not to wait.
+	Beside func()
+	// PostDump runs when all is in the images and all tasks are still stopped; its error
+	// fails the dump, and CRIU then leaves the tasks as they were.
+	PostDump func() error
+}
+
+// Finish lets CRIU dump the (frozen) container. When it returns without an error CRIU
 // has let go of the tasks, the cgroup is frozen as before, and [Dump.Save] is due;
-// after an error CRIU is gone, but for one of before's where it has not begun.
+// after an error CRIU is gone, but for one of Before where it has not begun.
 //
 // When ctx ends, Finish waits for grace before it kills CRIU: a CRIU killed in
 // mid-dump leaves its parasite code in the tasks.
-func (d *Dump) Finish(ctx context.Context, grace time.Duration, before func() (held []int, err error), atPostDump func() error) error {
+func (d *Dump) Finish(ctx context.Context, grace time.Duration, hooks Hooks) error {
 	let := func() error { return d.s.ack(true) }
 	ready := func() error { return nil }
 	if d.gate != nil {
 		let = func() error { return d.gate.open(gateTasks) }
-		ready = d.gate.openAfter(before)
-	} else if _, err := before(); err != nil {
+		ready = d.gate.openAfter(hooks.Before, hooks.Beside)
+	} else if _, err := hooks.Before(); err != nil {
 		return err
+	} else {
+		hooks.Beside()
 	}
 	done := false
 	defer func() {
@@ -250,7 +261,7 @@ func (d *Dump) Finish(ctx context.Context, grace time.Duration, before func() (h
 			return hookErr
 		}
 		if resp.GetNotify().GetScript() == "post-dump" {
-			hookErr = errors.Join(ctx.Err(), ready(), atPostDump())
+			hookErr = errors.Join(ctx.Err(), ready(), hooks.PostDump())
 		}
 		if err := d.s.ack(hookErr == nil); err != nil {
 			return d.explain(errors.Join(hookErr, err))

@@ -101,11 +101,11 @@ func skipOf(pids []int) []byte {
 }
 
 // openAfter starts f, and lets CRIU touch the tasks when it has returned the processes
-// whose clean pages CRIU is to leave out. The function
+// whose clean pages CRIU is to leave out; then it calls beside, unless either has failed. The function
 // that it returns waits for that and may be called again; it returns the error of f, and
 // one if CRIU has not waited. CRIU is let on after an error of f as well: ended where it is, it would leave the
 // tasks running that it found frozen.
-func (g *gate) openAfter(f func() ([]int, error)) func() error {
+func (g *gate) openAfter(f func() ([]int, error), beside func()) func() error {
 	result := make(chan error, 1)
 	go func() {
 		finished := make(chan error, 1)
@@ -121,6 +121,9 @@ func (g *gate) openAfter(f func() ([]int, error)) func() error {
 		fErr := <-finished
 		if err == nil {
 			err = g.open(gateTouch, told...)
+		}
+		if err == nil && fErr == nil {
+			beside()
 		}
 		if err != nil {
 			err = fmt.Errorf("CRIU did not wait at gate %q: %w", gateTouch, err)

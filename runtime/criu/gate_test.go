@@ -53,12 +53,13 @@ func TestCRIUIsLetAtTheTasksAfterWhatGoesBefore(t *testing.T) {
 		if err := g.open(gateTasks); err != nil || hear(t, f) != 'a' {
 			t.Fatalf("the first gate stays closed (%v)", err)
 		}
+		beside := 0
 		finish, finished := make(chan struct{}), make(chan struct{})
 		ready := g.openAfter(func() ([]int, error) {
 			<-finish
 			close(finished)
 			return []int{12, 3456}, want
-		})
+		}, func() { beside++ })
 		say(t, f, gateTouch)
 		time.AfterFunc(20*time.Millisecond, func() { close(finish) })
 		// Where the dump will fail it is to be over soon: nobody's clean pages are dumped.
@@ -81,6 +82,9 @@ func TestCRIUIsLetAtTheTasksAfterWhatGoesBefore(t *testing.T) {
 				t.Errorf("%v; want %v", err, want)
 			}
 		}
+		if beside == 1 != (want == nil) {
+			t.Errorf("what goes on beside CRIU has begun %d times (%v)", beside, want)
+		}
 	}
 }
 
@@ -90,7 +94,7 @@ func TestCRIUThatKnowsNoGateIsNotedBeforeItIsLetGo(t *testing.T) {
 		t.Error("a gate is there that nobody spoke of")
 	}
 	// One that speaks of it and passes, or dies, is found out.
-	ready := g.openAfter(func() ([]int, error) { return nil, nil })
+	ready := g.openAfter(func() ([]int, error) { return nil, nil }, func() { t.Error("it goes on") })
 	f.Close()
 	if ready() == nil {
 		t.Error("CRIU has not waited and nobody noticed")

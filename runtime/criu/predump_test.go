@@ -309,7 +309,7 @@ func TestAProcessCopiedByPreDumpsIsRestoredByPlainCRIU(t *testing.T) {
 	d, err := Start(ctx, Config{Container: alone(m.pid), ImagesDir: images, WorkDir: work, PreDumped: true})
 	must(t, err)
 	must(t, unix.Kill(m.pid, unix.SIGSTOP))
-	must(t, d.Finish(ctx, limit, func() ([]int, error) { return nil, nil }, func() error { return nil }))
+	must(t, d.Finish(ctx, limit, Hooks{func() ([]int, error) { return nil, nil }, func() {}, func() error { return nil }}))
 	skipped, err := SkippedBytes(work)
 	must(t, err)
 	total := int64(skipped)

@@ -170,6 +170,7 @@ func (s *Session) Scan(ctx context.Context) error {
 	}()
 	return s.each(func(m *member) error {
 		m.clean = nil
+		m.tracker.SetFrozen(true)
 		if err := m.ended(breakMemory(m)); err != nil {
 			return err
 		}
@@ -227,7 +228,7 @@ func (s *Session) Complete(ctx context.Context) error {
 	// They may have begun since to let devices write into their memory.
 	_ = s.each(func(m *member) error {
 		// What cannot be asked is not believed.
-		if blind, err := track.Blind(m.Pid); err != nil || len(blind) > 0 {
+		if blind, err := m.tracker.Blind(); err != nil || len(blind) > 0 {
 			m.again = true
 		}
 		return nil

@@ -39,6 +39,7 @@ func (s *Session) Keep() *Tracking {
 	t := &Tracking{}
 	for _, m := range s.members {
 		if m.armed && !m.gone {
+			m.tracker.SetFrozen(false)
 			t.members = append(t.members, &member{Process: m.Process, tracker: m.tracker})
 			m.kept = true
 		}

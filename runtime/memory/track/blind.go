@@ -22,15 +22,27 @@ import (
 // Known are: a file open with O_DIRECT, an AIO context, an io_uring, RDMA and VFIO
 // devices. The list is of now; none of these can be found out afterwards.
 func Blind(pid int) ([]string, error) {
-	var found []string
 	dir, err := memoryDir(pid)
+	var areas []area
+	if err == nil {
+		areas, err = readMaps(dir + "/maps")
+	}
+	return blind(pid, dir, areas, err)
+}
+
+// Blind is [Blind] of the process that is tracked.
+func (t *Tracker) Blind() ([]string, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	areas, err := t.maps()
+	return blind(t.pid, t.dir, areas, err)
+}
+
+func blind(pid int, dir string, areas []area, err error) ([]string, error) {
 	if err != nil {
 		return nil, fmt.Errorf("looking for direct transfers of process %d: %w", pid, err)
 	}
-	areas, err := readMaps(dir + "/maps")
-	if err != nil {
-		return nil, fmt.Errorf("looking for direct transfers of process %d: %w", pid, err)
-	}
+	var found []string
 	for _, a := range areas {
 		// fs/aio.c names the file behind a context's ring so.
 		if strings.HasPrefix(a.path, "/[aio]") {

@@ -32,7 +32,25 @@ type Tracker struct {
 	shared    []Range // see WatchShared
 	vec       []uapi.PageRegion
 	guards    bool   // the kernel knows PAGE_IS_GUARD
+	still     *still // see SetFrozen
 	alone     uint64 // from this size on, in bytes, a mapping is scanned by what is not clean
+}
+
+// still is what does not change while a process is frozen; read when first asked for.
+type still struct {
+	sameSpace bool
+	areas     []area
+}
+
+// SetFrozen says that the process is frozen from now on, or that it will run again. While it is
+// frozen its mappings are read once only, and whether it has begun another program is asked once: what CRIU
+// maps into it meanwhile is not seen, and is not its own.
+func (t *Tracker) SetFrozen(frozen bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.still = nil; frozen {
+		t.still = &still{}
+	}
 }
 
 // Cost is what Attach did to the process.
@@ -182,7 +200,14 @@ func (t *Tracker) alive() error {
 	if t.spaceEnded() {
 		return t.goneOrExec()
 	}
-	return t.sameSpace()
+	if t.still != nil && t.still.sameSpace {
+		return nil
+	}
+	err := t.sameSpace()
+	if t.still != nil {
+		t.still.sameSpace = err == nil
+	}
+	return err
 }
 
 // spaceEnded asks whether anybody still uses the address space. If nobody does, the
@@ -350,9 +375,21 @@ func (t *Tracker) unmark(r Range) error {
 	return nil
 }
 
-// maps reads the mappings of now; through another thread when the one before has
-// ended and the process has not.
+// maps returns the mappings of now, or those of a process that is frozen.
 func (t *Tracker) maps() ([]area, error) {
+	if t.still != nil && t.still.areas != nil {
+		return t.still.areas, nil
+	}
+	areas, err := t.readMaps()
+	if t.still != nil && err == nil {
+		t.still.areas = areas
+	}
+	return areas, err
+}
+
+// readMaps reads the mappings of now; through another thread when the one before has
+// ended and the process has not.
+func (t *Tracker) readMaps() ([]area, error) {
 	areas, err := readMaps(t.dir + "/maps")
 	if !errors.Is(err, ErrGone) {
 		return areas, err
