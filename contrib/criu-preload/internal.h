@@ -5,6 +5,7 @@
 #ifndef COHORT_CRIU_INTERNAL_H
 #define COHORT_CRIU_INTERNAL_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 /*
@@ -57,6 +58,40 @@ int hear_told(int socket);
  */
 void note_mappings(int socket);
 void keep_noted(int socket);
+
+/* inode is a descriptor's inode number, 0 where there is none. */
+uint64_t inode(int fd);
+
+/* starts says whether a text begins with another one. */
+int starts(const char *p, const char *end, const char *with);
+
+/* hex reads a hexadecimal number at *p, and leaves there what is behind it. */
+uint64_t hex(const char **p, const char *end);
+
+/*
+ * struct lines are the mappings of a process as CRIU was given them, the line found last, and how many there are before it. They are
+ * looked for in ascending order, mostly.
+ */
+struct lines {
+	const char *text, *last, *at;
+	const unsigned char *modes;
+	size_t index;
+};
+
+/* shown_lines are those of a process that CRIU has been given; 0 where that is not so. */
+int shown_lines(long pid, struct lines *lines);
+
+/* find_line looks for the line of a mapping; 0 where there is none. */
+int find_line(struct lines *lines, uint64_t start, uint64_t end);
+
+/* line_mode is how the file of the line found last was opened, as permissions of its link in map_files; 0 if unknown. */
+int line_mode(const struct lines *lines);
+
+/* map_files_opened says that CRIU has opened the directory map_files of a process. */
+void map_files_opened(long pid, int fd);
+
+/* map_file_open opens a name in that directory; 0 where that has to be left to the kernel. *result is what the kernel would answer. */
+int map_file_open(int fd, const char *name, int flags, int *result);
 
 /* pagemap_pid is whose pagemap fd is; 0 where that is not known. */
 long pagemap_pid(int fd);

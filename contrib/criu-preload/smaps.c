@@ -32,6 +32,8 @@
 /* How much text there may be: of one process, and of what is kept of all. */
 #define TEXT_SIZE (16UL << 20)
 #define KEPT_SIZE (64UL << 20)
+/* How many mappings there may be of all processes. */
+#define MODES_SIZE (1UL << 20)
 /* How often to look whether mappings have changed, and how small a part of the time that may take. */
 #define LOOK_NS 50000000L
 #define LOOK_PART 20
@@ -41,22 +43,24 @@ struct noted {
 	char *text; /* lines of maps, each with its VmFlags */
 	size_t size;
 	uint64_t locked;
+	unsigned char *modes; /* of the files of its mappings, see line_mode */
 	int shown; /* CRIU has been given it: these are the mappings of the frozen process */
 };
 
-/* The pagemap that CRIU opened last, whose it is, its mappings where they are known, and how far they have been looked through. */
+/* The pagemap that CRIU opened last, whose it is, and its mappings where they are known. */
 static struct {
 	int fd;
 	uint64_t ino;
 	long pid;
-	const struct noted *of;
-	const char *at;
+	struct lines lines;
 } pagemap = { .fd = -1 };
 
 static struct noted noted[PROCESSES];
 static int noted_count;
 static char *text, *kept;
 static size_t kept_size;
+static unsigned char *modes;
+static size_t modes_count;
 
 static void *map(size_t size)
 {
@@ -91,7 +95,7 @@ static long read_text(int dir, const char *path, char *to, size_t room)
 	return -1;
 }
 
-static int starts(const char *p, const char *end, const char *with)
+int starts(const char *p, const char *end, const char *with)
 {
 	while (*with) {
 		if (p >= end || *p != *with)
@@ -174,6 +178,83 @@ static int is_same(const struct noted *n, const char *p, size_t size)
 	return p == end && q == qend;
 }
 
+uint64_t hex(const char **p, const char *end)
+{
+	uint64_t n = 0;
+
+	for (; *p < end; (*p)++) {
+		char c = **p;
+
+		if (c >= '0' && c <= '9')
+			n = n * 16 + (uint64_t)(c - '0');
+		else if (c >= 'a' && c <= 'f')
+			n = n * 16 + (uint64_t)(c - 'a' + 10);
+		else
+			break;
+	}
+	return n;
+}
+
+/* in_line reads the addresses of a line, and leaves what is behind them; 0 where it has none. */
+static int in_line(const char **p, const char *last, uint64_t *from, uint64_t *to)
+{
+	if (*p >= last || !is_range(*p))
+		return 0;
+	*from = hex(p, last);
+	if (*p >= last || *(*p)++ != '-')
+		return 0;
+	*to = hex(p, last);
+	return 1;
+}
+
+/* append_hex writes a number as the names in map_files have it. */
+static char *append_hex(char *p, uint64_t n)
+{
+	int shift = 60;
+
+	while (shift > 0 && !(n >> shift))
+		shift -= 4;
+	for (; shift >= 0; shift -= 4)
+		*p++ = "0123456789abcdef"[(n >> shift) & 15];
+	return p;
+}
+
+/* note_modes asks how the files of a process' mappings were opened. */
+static void note_modes(struct noted *n)
+{
+	const char *p, *last = n->text + n->size, *next;
+	char path[64];
+	size_t i = 0;
+	long dir;
+
+	n->modes = NULL;
+	proc_path(path, n->pid, "/map_files");
+	dir = raw(SYS_openat, AT_FDCWD, (long)path, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0, 0, 0);
+	if (dir < 0)
+		return;
+	for (p = n->text; p < last; p = next) {
+		const char *line = p;
+		uint64_t from, to;
+		struct stat st;
+
+		next = line_end(p, last);
+		if (!in_line(&line, last, &from, &to))
+			continue;
+		if (modes_count + i >= MODES_SIZE) {
+			raw(SYS_close, dir, 0, 0, 0, 0, 0);
+			return;
+		}
+		*append_hex(append_text(append_hex(path, from), "-"), to) = '\0';
+		modes[modes_count + i] = 0;
+		if (raw(SYS_newfstatat, dir, (long)path, (long)&st, AT_SYMLINK_NOFOLLOW, 0, 0) == 0)
+			modes[modes_count + i] = (unsigned char)(st.st_mode >> 6 & 7);
+		i++;
+	}
+	raw(SYS_close, dir, 0, 0, 0, 0, 0);
+	n->modes = modes + modes_count;
+	modes_count += i;
+}
+
 /* note reads the smaps of a process. Every line of maps must have its flags. */
 static int note(struct noted *n, long pid)
 {
@@ -212,6 +293,7 @@ static int note(struct noted *n, long pid)
 	n->text = begin;
 	n->size = (size_t)(to - begin);
 	kept_size += n->size;
+	note_modes(n);
 	return 0;
 }
 
@@ -276,7 +358,8 @@ void note_mappings(int socket)
 		return;
 	text = map(TEXT_SIZE);
 	kept = map(KEPT_SIZE);
-	if (text && kept)
+	modes = map(MODES_SIZE);
+	if (text && kept && modes)
 		note_all(cgroup, socket);
 }
 
@@ -318,18 +401,85 @@ static struct noted *find_noted(long pid)
 	return NULL;
 }
 
+/* struct procmap_query of include/uapi/linux/fs.h, Linux 6.11. */
+struct query {
+	uint64_t size, flags, address;
+	uint64_t start, end, protection, page_size, offset, ino;
+	uint32_t major, minor, name_size, build_id_size;
+	uint64_t name, build_id;
+};
+
+#define QUERY 0xc0686611UL /* _IOWR('f', 17, struct procmap_query) */
+#define QUERY_OR_NEXT 0x10
+
+/* is_line says whether a line of maps is what the kernel has answered; its name is not looked at. */
+static int is_line(const struct query *q, const char *p, const char *end)
+{
+	static const char letters[] = "rwx";
+	uint64_t from, to, bit;
+
+	if (!in_line(&p, end, &from, &to) || from != q->start || to != q->end || end - p < 7)
+		return 0;
+	for (bit = 0, p++; bit < 3; bit++, p++)
+		if ((*p == letters[bit]) != !!(q->protection & (1U << bit)))
+			return 0;
+	if ((*p == 's') != !!(q->protection & 8))
+		return 0;
+	p += 2;
+	if (hex(&p, end) != q->offset || p++ >= end || hex(&p, end) != q->major || p++ >= end || hex(&p, end) != q->minor)
+		return 0;
+	return number(p, end) == q->ino;
+}
+
+/*
+ * is_unchanged compares mappings with those noted. The kernel is asked for one after the other, if it can be: to print a line takes
+ * five times as long, most of it for the name. The name is the file's, or what the kernel calls the mapping: it says
+ * nothing of memory.
+ */
+static int is_unchanged(const struct noted *n, int dir)
+{
+	const char *p, *last = n->text + n->size, *next;
+	struct query q = { .size = sizeof(q), .flags = QUERY_OR_NEXT };
+	long fd, size, result;
+
+	fd = raw(SYS_openat, dir, (long)"maps", O_RDONLY | O_CLOEXEC, 0, 0, 0);
+	if (fd < 0)
+		return 0;
+	for (p = n->text; p < last; p = next) {
+		next = line_end(p, last);
+		if (!is_range(p))
+			continue;
+		q.name_size = q.build_id_size = 0;
+		result = raw(SYS_ioctl, fd, QUERY, (long)&q, 0, 0, 0);
+		if (result == -ENOTTY)
+			break;
+		if (result == -ENOENT && starts(p, next, "ffffffffff600000-")) {
+			p = last; /* the page of vsyscalls, which has no mapping */
+			break;
+		}
+		if (result || !is_line(&q, p, next))
+			break;
+		q.address = q.end;
+	}
+	if (p >= last)
+		result = raw(SYS_ioctl, fd, QUERY, (long)&q, 0, 0, 0) == -ENOENT;
+	else if (result == -ENOTTY)
+		result = (size = read_text(dir, "maps", text, TEXT_SIZE)) >= 0 && is_same(n, text, (size_t)size);
+	else
+		result = 0;
+	raw(SYS_close, fd, 0, 0, 0, 0, 0);
+	return (int)result;
+}
+
 /* open_noted returns a file with what was noted of a process, if it is still so; -1 if not. */
 static int open_noted(int dir)
 {
 	struct noted *n = find_noted(pid_of(dir));
-	long size, fd;
 	uint64_t locked;
 	size_t done = 0;
+	long fd;
 
-	if (!n)
-		return -1;
-	size = read_text(dir, "maps", text, TEXT_SIZE);
-	if (size < 0 || !is_same(n, text, (size_t)size) || locked_of(dir, "status", &locked) || locked != n->locked)
+	if (!n || !is_unchanged(n, dir) || locked_of(dir, "status", &locked) || locked != n->locked)
 		return -1;
 	fd = raw(SYS_memfd_create, (long)"smaps", MFD_CLOEXEC, 0, 0, 0, 0);
 	if (fd < 0)
@@ -347,45 +497,7 @@ static int open_noted(int dir)
 	return (int)fd;
 }
 
-static uint64_t hex(const char **p, const char *end)
-{
-	uint64_t n = 0;
-
-	for (; *p < end; (*p)++) {
-		char c = **p;
-
-		if (c >= '0' && c <= '9')
-			n = n * 16 + (uint64_t)(c - '0');
-		else if (c >= 'a' && c <= 'f')
-			n = n * 16 + (uint64_t)(c - 'a' + 10);
-		else
-			break;
-	}
-	return n;
-}
-
-/* in_shared looks for the line of a range between two places, and keeps it: "START-END rwxs ...". -1 where there is none. */
-static int in_shared(const char *p, const char *last, uint64_t start, uint64_t end)
-{
-	for (; p < last; p = line_end(p, last)) {
-		const char *line = p;
-		uint64_t from, to;
-
-		if (!is_range(p))
-			continue;
-		from = hex(&p, last);
-		if (from > start || p >= last || *p++ != '-')
-			break;
-		to = hex(&p, last);
-		if (start >= to)
-			continue;
-		pagemap.at = line;
-		return end <= to && last - p > 4 && p[4] == 's';
-	}
-	return -1;
-}
-
-static uint64_t inode(int fd)
+uint64_t inode(int fd)
 {
 	struct stat st;
 
@@ -397,48 +509,99 @@ long pagemap_pid(int fd)
 	return fd >= 0 && fd == pagemap.fd && inode(fd) == pagemap.ino ? pagemap.pid : 0;
 }
 
-/* is_shared begins where the last range was: they are asked for in ascending order, mostly. */
+int shown_lines(long pid, struct lines *lines)
+{
+	const struct noted *n = find_noted(pid);
+
+	if (!n || !n->shown)
+		return 0;
+	*lines = (struct lines){ .text = n->text, .last = n->text + n->size, .at = n->text, .modes = n->modes };
+	return 1;
+}
+
+/* covers goes on from the line found last to the one that has a range; -1 where it is passed. */
+static int covers(struct lines *l, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to)
+{
+	for (; l->at < l->last; l->at = line_end(l->at, l->last)) {
+		const char *p = l->at;
+
+		if (!in_line(&p, l->last, from, to))
+			continue;
+		if (*from > start)
+			return -1;
+		if (start < *to)
+			return end <= *to;
+		l->index++;
+	}
+	l->at = l->text; /* nothing is behind the last one */
+	l->index = 0;
+	return -1;
+}
+
+static int find_range(struct lines *l, uint64_t start, uint64_t end, uint64_t *from, uint64_t *to)
+{
+	int result = covers(l, start, end, from, to);
+
+	if (result < 0) {
+		l->at = l->text;
+		l->index = 0;
+		result = covers(l, start, end, from, to);
+	}
+	return result > 0;
+}
+
+int find_line(struct lines *lines, uint64_t start, uint64_t end)
+{
+	uint64_t from, to;
+
+	return find_range(lines, start, end, &from, &to) && from == start && to == end;
+}
+
+int line_mode(const struct lines *lines) { return lines->modes ? lines->modes[lines->index] << 6 : 0; }
+
 int is_shared(int fd, uint64_t start, uint64_t end)
 {
-	const char *text, *last;
-	int result;
+	uint64_t from, to;
+	const char *p;
 
-	if (!pagemap.of || !pagemap_pid(fd))
+	if (!pagemap.lines.text || !pagemap_pid(fd) || !find_range(&pagemap.lines, start, end, &from, &to))
 		return 0;
-	text = pagemap.of->text;
-	last = text + pagemap.of->size;
-	result = in_shared(pagemap.at, last, start, end);
-	if (result < 0)
-		result = in_shared(text, last, start, end);
-	return result > 0;
+	p = pagemap.lines.at;
+	in_line(&p, pagemap.lines.last, &from, &to); /* "START-END rwxs ..." */
+	return pagemap.lines.last - p > 4 && p[4] == 's';
 }
 
 /* look_up notes of which process a pagemap is. */
 static void look_up(int dir, int fd)
 {
-	long pid = pid_of(dir);
-	const struct noted *n = find_noted(pid);
-
-	pagemap.pid = pid;
+	pagemap.pid = pid_of(dir);
 	pagemap.fd = fd;
 	pagemap.ino = inode(fd);
-	pagemap.of = n && n->shown ? n : NULL;
-	pagemap.at = n ? n->text : NULL;
+	if (!shown_lines(pagemap.pid, &pagemap.lines))
+		pagemap.lines.text = NULL;
 }
 
 static int open_at(int dir, const char *path, int flags, mode_t mode)
 {
-	if (noted_count && starts(path, path + 6, "smaps") && !path[5] && dir >= 0) {
+	int result;
+
+	if (noted_count && dir >= 0 && map_file_open(dir, path, flags, &result))
+		return (int)answer(result);
+	if (noted_count && dir >= 0 && is_same_text(path, "map_files")) {
+		result = (int)raw(SYS_openat, dir, (long)path, flags, mode, 0, 0);
+		map_files_opened(pid_of(dir), result);
+		return (int)answer(result);
+	}
+	if (noted_count && dir >= 0 && is_same_text(path, "smaps")) {
 		int fd = open_noted(dir);
 
 		if (fd >= 0)
 			return fd;
 	}
-	if (dir >= 0 && starts(path, path + sizeof("pagemap"), "pagemap") && !path[sizeof("pagemap") - 1]) {
-		int fd = (int)raw(SYS_openat, dir, (long)path, flags, mode, 0, 0);
-
-		look_up(dir, fd);
-		return (int)answer(fd);
+	if (dir >= 0 && is_same_text(path, "pagemap")) {
+		result = (int)raw(SYS_openat, dir, (long)path, flags, mode, 0, 0);
+		look_up(dir, result);
+		return (int)answer(result);
 	}
 	return (int)answer(raw(SYS_openat, dir, (long)path, flags, mode, 0, 0));
 }

@@ -163,6 +163,6 @@ setup_containerd() {
 setup_tools() {
 	tool_step debian tools_debian "$TOOLS_SUITE" "$TOOLS_PACKAGES" "$(declare -f wrap wrap_iptables debian_extract)"
 	tool_step criu tools_criu "$CRIU_SUITES" "$CRIU_PACKAGES" "$CRIU_MIN_VERSION" "$(declare -f wrap debian_extract build_preload)" \
-		"@$PROJECT_DIR/contrib/criu-preload/cohort-criu.c" "@$PROJECT_DIR/contrib/criu-preload/clean.c" "@$PROJECT_DIR/contrib/criu-preload/stop.c" "@$PROJECT_DIR/contrib/criu-preload/smaps.c" "@$PROJECT_DIR/contrib/criu-preload/gate.c" "@$PROJECT_DIR/contrib/criu-preload/internal.h"
+		"@$PROJECT_DIR/contrib/criu-preload/cohort-criu.c" "@$PROJECT_DIR/contrib/criu-preload/clean.c" "@$PROJECT_DIR/contrib/criu-preload/mapfiles.c" "@$PROJECT_DIR/contrib/criu-preload/stop.c" "@$PROJECT_DIR/contrib/criu-preload/smaps.c" "@$PROJECT_DIR/contrib/criu-preload/gate.c" "@$PROJECT_DIR/contrib/criu-preload/internal.h"
 	tool_step runc tools_runc "$RUNC_VERSION" "$TOOLS_SUITE"
 }

@@ -120,8 +120,8 @@ int main(int argc, char **argv)
 {
 	size_t size = 64 << 20;
 	char *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	char path[64], byte;
-	int go[2], done[2], messages[2];
+	char path[64], byte, *apart;
+	int go[2], done[2], messages[2], file = memfd_create("one", 0), other = memfd_create("other", 0);
 	pid_t pid;
 
 	if (argc < 2 || memory == MAP_FAILED || pipe(go) || pipe(done) || socketpair(AF_UNIX, SOCK_SEQPACKET, 0, messages))
@@ -131,6 +131,12 @@ int main(int argc, char **argv)
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		memset(memory, 1, size);
 		madvise(memory, size / 2, MADV_DONTFORK);
+		/* A page of a file, and one of none, apart from others. */
+		ftruncate(file, 8192);
+		ftruncate(other, 8192);
+		apart = mmap(NULL, 5 * 4096, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		mmap(apart + 4096, 4096, PROT_READ, MAP_FIXED | MAP_PRIVATE, file, 0);
+		mmap(apart + 3 * 4096, 4096, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (write(done[1], "", 1) != 1 || read(go[0], &byte, 1) != 1)
 			return 1;
 		if (!strcmp(argv[1], "lock"))
@@ -139,6 +145,18 @@ int main(int argc, char **argv)
 			munmap(memory, 4096);
 		if (!strcmp(argv[1], "protect"))
 			mprotect(memory + size - 4096, 4096, PROT_NONE);
+		if (!strcmp(argv[1], "whole"))
+			mprotect(apart + 3 * 4096, 4096, PROT_READ);
+		if (!strcmp(argv[1], "file"))
+			mmap(apart + 4096, 4096, PROT_READ, MAP_FIXED | MAP_PRIVATE, other, 0);
+		if (!strcmp(argv[1], "offset"))
+			mmap(apart + 4096, 4096, PROT_READ, MAP_FIXED | MAP_PRIVATE, file, 4096);
+		if (!strcmp(argv[1], "share"))
+			mmap(apart + 4096, 4096, PROT_READ, MAP_FIXED | MAP_SHARED, file, 0);
+		if (!strcmp(argv[1], "none"))
+			mmap(apart + 4096, 4096, PROT_READ, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+		if (!strcmp(argv[1], "more"))
+			mmap((void *)(1UL << 44), 4096, PROT_READ, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 		if (write(done[1], "", 1) != 1 || read(go[0], &byte, 1) != 1)
 			return 1;
 		return 0;
@@ -196,6 +214,12 @@ func TestFlagsOfMappingsAreNotedBeforeTheFreeze(t *testing.T) {
 		{"locked", asked, "lock", false},
 		{"unmapped", asked, "unmap", false},
 		{"protected", asked, "protect", false},
+		{"protected as a whole", asked, "whole", false},
+		{"another file in its place", asked, "file", false},
+		{"another part of the file", asked, "offset", false},
+		{"shared instead of private", asked, "share", false},
+		{"no file any more", asked, "none", false},
+		{"one more", asked, "more", false},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			out := runProgram(t, program, c.env, c.act, procs)
