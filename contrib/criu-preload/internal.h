@@ -87,8 +87,8 @@ int find_line(struct lines *lines, uint64_t start, uint64_t end);
 /* line_mode is how the file of the line found last was opened, as permissions of its link in map_files; 0 if unknown. */
 int line_mode(const struct lines *lines);
 
-/* map_files_opened says that CRIU has opened the directory map_files of a process. */
-void map_files_opened(long pid, int fd);
+/* map_files_opened says that CRIU has opened the directory map_files of a process, whose own directory is open too. */
+void map_files_opened(long pid, int process, int fd);
 
 /* map_file_open opens a name in that directory; 0 where that has to be left to the kernel. *result is what the kernel would answer. */
 int map_file_open(int fd, const char *name, int flags, int *result);

@@ -8,8 +8,8 @@
  *
  *   - a mapping without a device and an inode number is of no file: there is no such name;
  *   - how the file of another was opened has been noted with its line;
- *   - a file that was opened once, by the line's device, inode number and name, is not opened again: a duplicate of
- *     that descriptor is given, of which CRIU wants fstat(2), and what it is when it sees the file for the first time.
+ *   - a file that was opened once, by the line's device, inode number and name, in the same mount namespace, is not opened again: a
+ *     duplicate of that descriptor is given, of which CRIU wants fstat(2), the mount, and what it is when it sees it for the first time.
  */
 
 #define _GNU_SOURCE
@@ -29,22 +29,28 @@
 /* The directory map_files that CRIU opened last, the lines of its process, and the line last found. */
 static struct {
 	int fd;
-	uint64_t ino;
+	uint64_t ino, ns;
 	struct lines lines;
 } dir = { .fd = -1 };
 
-/* Files that were opened, by what their lines have in common. */
+/* Files that were opened, by the mount namespace and what their lines have in common. */
 static struct {
 	const char *key;
 	size_t size;
+	uint64_t ns;
 	int flags, fd;
 } files[FILES];
 static int file_count;
 
-void map_files_opened(long pid, int fd)
+void map_files_opened(long pid, int process, int fd)
 {
+	struct stat st;
+
 	dir.fd = shown_lines(pid, &dir.lines) ? fd : -1;
 	dir.ino = dir.fd >= 0 ? inode(fd) : 0;
+	dir.ns = 0;
+	if (dir.fd >= 0 && raw(SYS_newfstatat, process, (long)"ns/mnt", (long)&st, 0, 0, 0) == 0)
+		dir.ns = (uint64_t)st.st_ino;
 }
 
 /* find_name takes a name of map_files, "START-END"; 0 where it is not known. */
@@ -105,13 +111,14 @@ int map_file_open(int fd, const char *name, int flags, int *result)
 		return 1;
 	}
 	for (i = 0; i < file_count; i++)
-		if (files[i].size == size && files[i].flags == flags && is_same_key(files[i].key, key, size))
+		if (files[i].ns == dir.ns && files[i].size == size && files[i].flags == flags && is_same_key(files[i].key, key, size))
 			break;
 	if (i == file_count) {
 		*result = (int)raw(SYS_openat, fd, (long)name, flags, 0, 0, 0);
-		if (*result >= 0 && i < FILES) {
+		if (*result >= 0 && i < FILES && dir.ns) {
 			files[i].fd = (int)raw(SYS_fcntl, *result, F_DUPFD_CLOEXEC, FIRST_KEPT, 0, 0, 0);
 			files[i].key = key;
+			files[i].ns = dir.ns;
 			files[i].size = size;
 			files[i].flags = flags;
 			file_count += files[i].fd >= 0;

@@ -589,7 +589,7 @@ static int open_at(int dir, const char *path, int flags, mode_t mode)
 		return (int)answer(result);
 	if (noted_count && dir >= 0 && is_same_text(path, "map_files")) {
 		result = (int)raw(SYS_openat, dir, (long)path, flags, mode, 0, 0);
-		map_files_opened(pid_of(dir), result);
+		map_files_opened(pid_of(dir), dir, result);
 		return (int)answer(result);
 	}
 	if (noted_count && dir >= 0 && is_same_text(path, "smaps")) {

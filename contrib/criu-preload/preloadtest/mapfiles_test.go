@@ -3,6 +3,7 @@
 package preloadtest
 
 import (
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,6 +17,7 @@ const mapper = `
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -113,8 +115,10 @@ static void dump(pid_t pid)
 	close(dir);
 }
 
-static void child(const char *file, int done)
+static void child(const char *file, int done, int apart)
 {
+	if (apart && unshare(CLONE_NEWNS))
+		_exit(1);
 	char *all = mmap(NULL, 64 * page, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	int r = open(file, O_RDONLY), rw = open(file, O_RDWR), memfd = memfd_create("x", 0);
 
@@ -145,7 +149,7 @@ int main(int argc, char **argv)
 		return 1;
 	for (i = 0; i < 2; i++) {
 		if ((pids[i] = fork()) == 0)
-			child(argv[2], done[1]);
+			child(argv[2], done[1], i == 1 && argc > 3);
 		if (read(done[0], &byte, 1) != 1 || fprintf(procs, "%d\n", pids[i]) < 0)
 			return 2;
 	}
@@ -164,7 +168,7 @@ int main(int argc, char **argv)
 		kill(pids[i], SIGKILL);
 	while (wait(NULL) > 0)
 		;
-	printf("%s names, %s files, %d wrong, %s\n", names > 50 ? "many" : "few", files > 30 ? "many" : "few", wrong, again ? "some opened before" : "all opened anew");
+	printf("%s names, %s files, %d wrong, %d opened before\n", names > 50 ? "many" : "few", files > 30 ? "many" : "few", wrong, again);
 	return 0;
 }
 `
@@ -177,21 +181,33 @@ func TestMappedFilesAreLookedUpOnce(t *testing.T) {
 	if err := os.WriteFile(file, []byte(strings.Repeat("x", 1<<16)), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	noted := []string{"LD_PRELOAD=" + library, "COHORT_CRIU_SMAPS=" + dir}
+	before := map[string]int{}
 	for _, c := range []struct {
-		name, want string
-		env        []string
+		name string
+		env  []string
+		args []string
 	}{
-		{"without the library", "many names, many files, 0 wrong, all opened anew\n", nil},
-		{"mappings not noted", "many names, many files, 0 wrong, all opened anew\n", []string{"LD_PRELOAD=" + library}},
-		{"mappings noted", "many names, many files, 0 wrong, some opened before\n", []string{"LD_PRELOAD=" + library, "COHORT_CRIU_SMAPS=" + dir}},
+		{"without the library", nil, nil},
+		{"mappings not noted", noted[:1], nil},
+		{"mappings noted", noted, nil},
+		{"two mount namespaces", noted, []string{"apart"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			if err := os.RemoveAll(procs); err != nil {
 				t.Fatal(err)
 			}
-			if got := runProgram(t, program, c.env, procs, file); got != c.want {
-				t.Errorf("got\n%swant\n%s", got, c.want)
+			got := runProgram(t, program, c.env, append([]string{procs, file}, c.args...)...)
+			var n int
+			if _, err := fmt.Sscanf(got, "many names, many files, 0 wrong, %d opened before\n", &n); err != nil {
+				t.Fatalf("it prints %q", got)
 			}
+			before[c.name] = n
 		})
+	}
+	// A file of another mount namespace is opened there.
+	one, two := before["mappings noted"], before["two mount namespaces"]
+	if before["without the library"] != 0 || before["mappings not noted"] != 0 || two == 0 || one <= two {
+		t.Errorf("so many were opened before: %v", before)
 	}
 }

@@ -41,8 +41,7 @@ func init() {
 	}
 }
 
-// behind begins a session of such a process, as if so much memory could be spared.
-func behind(t *testing.T, spare uint64) (*Session, *os.Process) {
+func needTracking(t *testing.T) {
 	t.Helper()
 	if err := track.Supported(); os.Geteuid() != 0 || err != nil {
 		if os.Getenv("COHORT_REQUIRE") == "1" {
@@ -50,8 +49,11 @@ func behind(t *testing.T, spare uint64) (*Session, *os.Process) {
 		}
 		t.Skip("missing: root, or: ", err)
 	}
-	c := exec.Command("/proc/self/exe")
-	c.Env = append(os.Environ(), writerEnv+"=1")
+}
+
+// started starts a program for the time of the test, and returns what waits until it says that it is ready.
+func started(t *testing.T, c *exec.Cmd) (ready func()) {
+	t.Helper()
 	out, err := c.StdoutPipe()
 	if err == nil {
 		err = c.Start()
@@ -63,9 +65,22 @@ func behind(t *testing.T, spare uint64) (*Session, *os.Process) {
 		_ = c.Process.Kill()
 		_ = c.Wait()
 	})
-	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil {
-		t.Fatalf("the writer says %q: %v", line, err)
+	lines := bufio.NewReader(out)
+	return func() {
+		t.Helper()
+		if line, err := lines.ReadString('\n'); err != nil {
+			t.Fatalf("the program says %q: %v", line, err)
+		}
 	}
+}
+
+// behind begins a session of such a process, as if so much memory could be spared.
+func behind(t *testing.T, spare uint64) (*Session, *os.Process) {
+	t.Helper()
+	needTracking(t)
+	c := exec.Command("/proc/self/exe")
+	c.Env = append(os.Environ(), writerEnv+"=1")
+	started(t, c)()
 	list := func() ([]Process, error) { return []Process{{c.Process.Pid, 1}}, nil }
 	s, err := Start(t.Context(), t.TempDir(), list, Options{spare: func() uint64 { return spare }})
 	if err != nil {

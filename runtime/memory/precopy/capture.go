@@ -3,6 +3,7 @@
 package precopy
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -193,6 +194,7 @@ func (s *Session) Scan(ctx context.Context) error {
 				return err
 			}
 			list = append(list, strays...)
+			slices.SortFunc(list, func(a, b pages.Range) int { return cmp.Compare(a.Start, b.Start) })
 		}
 		m.clean = list
 		return nil

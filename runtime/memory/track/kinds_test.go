@@ -163,6 +163,15 @@ func TestHugetlbPagesAreTrackedWhole(t *testing.T) {
 	expect(t, "Clean after dropping one", clean(t, tr, m), pages(pages2M, 3*pages2M))
 	s.do("fill 0 3 0 %d", pages2M)
 	expect(t, "Clean after filling it anew", clean(t, tr, m), pages(pages2M, 3*pages2M))
+	// The kernel takes nothing but whole ones.
+	tr.giveBack(Range{m.Start + (2*pages2M+9)*pageSize, m.Start + (2*pages2M+10)*pageSize})
+	expect(t, "Clean after giving back a part of one", clean(t, tr, m), pages(pages2M, 2*pages2M))
+	// As if it had been registered by a Refresh that was not finished.
+	tr.tracked = tr.tracked[:1]
+	refresh(t, tr)
+	if !isTracked(tr, m) {
+		t.Errorf("not tracked any more: %s", untrackedWhy(tr, m))
+	}
 }
 
 func TestSwappedPagesKeepTheirState(t *testing.T) {

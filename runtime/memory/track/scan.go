@@ -328,15 +328,24 @@ func (t *Tracker) report(region uapi.PageRegion, fn func(Range) error) error {
 	return fn(run)
 }
 
+// largestPage is the largest that any architecture has, in bytes.
+const largestPage = 16 << 30
+
 // giveBack makes pages count as written again.
 func (t *Tracker) giveBack(r Range) {
-	// It fails at the first page that is not registered any more, but others behind it may be.
-	if uapi.UffdUnprotect(t.uffd, r.Start, r.End) == nil || r.Size() <= pageSize {
-		return
+	err := uapi.UffdUnprotect(t.uffd, r.Start, r.End)
+	switch {
+	case errors.Is(err, unix.EINVAL):
+		// Of explicit huge pages the kernel takes whole ones only.
+		for size := 2 * pageSize; size <= largestPage && errors.Is(err, unix.EINVAL); size *= 2 {
+			err = uapi.UffdUnprotect(t.uffd, r.Start/size*size, (r.End+size-1)/size*size)
+		}
+	case errors.Is(err, unix.ENOENT) && r.Size() > pageSize:
+		// It ends where a page is not registered any more, but others behind may be.
+		half := r.Start + r.Size()/2/pageSize*pageSize
+		t.giveBack(Range{r.Start, half})
+		t.giveBack(Range{half, r.End})
 	}
-	half := r.Start + r.Size()/2/pageSize*pageSize
-	t.giveBack(Range{r.Start, half})
-	t.giveBack(Range{half, r.End})
 }
 
 // hasPrivatePages reports whether a mapping of a file has pages of its own.

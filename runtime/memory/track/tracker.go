@@ -322,21 +322,24 @@ func (t *Tracker) refresh(ctx context.Context) (int, error) {
 				continue
 			}
 		}
-		if already && within(a.Range, t.tracked) {
-			// Not once more: were it another mapping by now, the marks of that would count.
-			tracked = join(tracked, span{Range: a.Range, file: a.file()})
-			continue
-		}
 		fresh := a.Range
 		if already {
-			// It has grown, or belongs to another userfaultfd, which the first page tells.
+			// Not all of it once more: were it another mapping by now, the marks of that would
+			// count. The first page tells whether it belongs to another userfaultfd.
 			fresh.End = fresh.Start + pageSize
 		}
-		switch err := uapi.UffdRegisterWP(t.uffd, fresh.Start, fresh.End); {
+		err := uapi.UffdRegisterWP(t.uffd, fresh.Start, fresh.End)
+		if already && errors.Is(err, unix.EINVAL) {
+			fresh = a.Range // of explicit huge pages
+			err = uapi.UffdRegisterWP(t.uffd, fresh.Start, fresh.End)
+		}
+		switch {
 		case err == nil:
 			tracked = join(tracked, span{Range: a.Range, file: a.file()})
 			if !already {
 				added++
+			} else if within(a.Range, t.tracked) {
+				continue
 			}
 			if err := t.unmark(fresh); err != nil {
 				return added, err
