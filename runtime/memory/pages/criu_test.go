@@ -178,14 +178,16 @@ func (m *mutator) scan(arg uapi.PmScanArg) iter.Seq[Range] {
 }
 
 // written reports what was written since the last call, and starts anew.
-// Pages that are not there are armed, too, and not reported.
+// It asks only for pages that are there, as runtime/memory/track does: where there is no page table the kernel first reports
+// the hole and then protects what is in it, which may be a page by then (fs/proc/task_mmu.c, pagemap_scan_pte_hole).
 func (m *mutator) written() iter.Seq[Range] {
 	return func(yield func(Range) bool) {
 		vec := make([]uapi.PageRegion, 512)
 		arg := uapi.PmScanArg{
 			Flags: uapi.PmScanWPMatching | uapi.PmScanCheckWPAsync,
 			Start: m.memory.Start, End: m.memory.End,
-			CategoryMask: uapi.PageIsWritten, ReturnMask: uapi.PageIsPresent | uapi.PageIsPfnZero,
+			CategoryMask: uapi.PageIsWritten, CategoryAnyofMask: uapi.PageIsPresent | uapi.PageIsSwapped,
+			ReturnMask: uapi.PageIsPresent | uapi.PageIsSwapped | uapi.PageIsPfnZero,
 		}
 		for arg.Start < arg.End {
 			n, err := uapi.PagemapScan(int(m.pagemap.Fd()), &arg, vec)
@@ -194,7 +196,9 @@ func (m *mutator) written() iter.Seq[Range] {
 				return
 			}
 			for _, r := range vec[:n] {
-				if r.Categories == uapi.PageIsPresent && !yield(Range{r.Start, r.End}) {
+				// One that the kernel is moving at this moment looks as if it were on swap.
+				there := r.Categories == uapi.PageIsPresent || r.Categories == uapi.PageIsSwapped
+				if there && !yield(Range{r.Start, r.End}) {
 					return
 				}
 			}
