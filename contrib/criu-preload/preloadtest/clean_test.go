@@ -6,7 +6,6 @@ import (
 	"errors"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -117,14 +116,7 @@ func TestPagesNotWrittenAreLeftOutOfADumpOnlyWhereAskedFor(t *testing.T) {
 	if os.Getuid() != 0 {
 		missing(t, "root")
 	}
-	dir := t.TempDir()
-	library := filepath.Join(dir, "preload.so")
-	buildLibrary(t, library)
-	source, program := filepath.Join(dir, "scanner.c"), filepath.Join(dir, "scanner")
-	if err := os.WriteFile(source, []byte(scanner), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	output(t, "gcc", "-o", program, source)
+	library, program := build(t, scanner)
 	const all, written = "dumped 30\nprobe 0\npresent 30\n", "dumped 20\nprobe 0\npresent 30\n"
 	preload, skip, told := "LD_PRELOAD="+library, "COHORT_CRIU_SKIP_CLEAN=1", "COHORT_CRIU_SKIP_CLEAN=told"
 	for _, test := range []struct {

@@ -5,7 +5,6 @@ package preloadtest
 import (
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -70,14 +69,7 @@ func TestConnectionTrackingIsAnsweredEmptyOnlyWhereAskedFor(t *testing.T) {
 	if os.Getuid() != 0 {
 		missing(t, "root")
 	}
-	dir := t.TempDir()
-	library := filepath.Join(dir, "preload.so")
-	buildLibrary(t, library)
-	source, program := filepath.Join(dir, "dumper.c"), filepath.Join(dir, "dumper")
-	if err := os.WriteFile(source, []byte(dumper), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	output(t, "gcc", "-o", program, source)
+	library, program := build(t, dumper)
 	run := func(env ...string) []string {
 		cmd := exec.Command(program)
 		cmd.Env = append(os.Environ(), env...)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -60,19 +59,7 @@ func TestLimitsOfAnotherUserAreReadWithoutSysResource(t *testing.T) {
 	if os.Getuid() != 0 {
 		missing(t, "root")
 	}
-	for _, tool := range []string{"gcc", "bash"} {
-		if _, err := exec.LookPath(tool); err != nil {
-			missing(t, tool)
-		}
-	}
-	dir := t.TempDir()
-	library := filepath.Join(dir, "libcohort-criu.so")
-	buildLibrary(t, library)
-	source, program := filepath.Join(dir, "asker.c"), filepath.Join(dir, "asker")
-	if err := os.WriteFile(source, []byte(asker), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	output(t, "gcc", "-o", program, source)
+	library, program := build(t, asker)
 
 	// Its limits differ from ours, so that an answer about the wrong process shows.
 	want := map[int]unix.Rlimit{

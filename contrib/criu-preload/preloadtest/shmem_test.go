@@ -77,14 +77,7 @@ func TestListedSharedMemoryIsFoundEmpty(t *testing.T) {
 	if os.Getuid() != 0 {
 		missing(t, "root")
 	}
-	dir := t.TempDir()
-	library := filepath.Join(dir, "preload.so")
-	buildLibrary(t, library)
-	source, program := filepath.Join(dir, "seeker.c"), filepath.Join(dir, "seeker")
-	if err := os.WriteFile(source, []byte(seeker), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	output(t, "gcc", "-o", program, source)
+	library, program := build(t, seeker)
 	const all, skipped = "listed data\nother data\nfile data\nsysv data\n", "listed none\nother data\nfile data\nsysv data\n"
 	preload := "LD_PRELOAD=" + library
 	for _, test := range []struct {
@@ -99,7 +92,7 @@ func TestListedSharedMemoryIsFoundEmpty(t *testing.T) {
 		{preload + " CRIU_TRACK_SHMEM=1", all},
 	} {
 		cmd := exec.Command(program)
-		cmd.Dir = dir
+		cmd.Dir = filepath.Dir(program)
 		cmd.Env = append(os.Environ(), strings.Fields(test.env)...)
 		out, err := cmd.CombinedOutput()
 		if err != nil {

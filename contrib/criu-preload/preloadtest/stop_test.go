@@ -11,11 +11,33 @@ import (
 	"testing"
 )
 
-// buildLibrary compiles it as the set-up does.
-func buildLibrary(t *testing.T, library string) {
-	t.Helper()
-	output(t, "bash", "-c", `. ../../setup/lib.sh; . ../../setup/tools.sh; build_preload "$0"`, library)
+// told is the beginning of a program that does as CRIU does when it is asked for a dump: it reads the
+// request, and waits until it is told to go on, which it is after a while.
+const told = `
+#define _GNU_SOURCE
+#include <sys/socket.h>
+#include <unistd.h>
+
+static int receive(int from)
+{
+	char byte;
+
+	return recv(from, NULL, 0, MSG_TRUNC | MSG_PEEK) != 1 || recv(from, &byte, 1, MSG_TRUNC) != 1;
 }
+
+static int wait_to_be_told(void)
+{
+	int messages[2];
+
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET, 0, messages) || send(messages[1], "a", 1, 0) != 1 || receive(messages[0]))
+		return -1;
+	if (fork() == 0) {
+		usleep(300000);
+		_exit(send(messages[1], "b", 1, 0) != 1);
+	}
+	return receive(messages[0]);
+}
+`
 
 // build makes the library and a program.
 func build(t *testing.T, source string) (library, program string) {
@@ -27,7 +49,7 @@ func build(t *testing.T, source string) (library, program string) {
 	}
 	dir := t.TempDir()
 	library, program = filepath.Join(dir, "preload.so"), filepath.Join(dir, "program")
-	buildLibrary(t, library)
+	output(t, "bash", "-c", `. ../../setup/lib.sh; . ../../setup/tools.sh; build_preload "$0"`, library)
 	if err := os.WriteFile(program+".c", []byte(source), 0o600); err != nil {
 		t.Fatal(err)
 	}
